@@ -1,0 +1,217 @@
+"""Key-value cache over preallocated buffers with a commit that costs the tree, not the past.
+
+transformers' DynamicLayer concatenates the whole past on every append. These layers write in place into
+a buffer that doubles when it is full, and a commit moves at most N columns. Every attention layer gets a
+full-length layer, also sliding-window ones: windows are the mask's business, on logical positions, because
+a layer that trims by column would evict live tokens once rows of a batch have advanced unequally.
+
+Dimensions: B sequences, H key-value heads, C columns, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+MIN_CAPACITY = 64
+
+
+class BufferedLayer(DynamicLayer):
+    """One attention layer's keys and values, [B, H, C, D] each, of which the first `length` columns are used."""
+
+    def __init__(self, capacity: int = 0) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the batch size, heads and dtype of the first states that arrive."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.capacity = max(self.capacity, MIN_CAPACITY)
+        self._keys = _buffer_like(key_states, self.capacity)
+        self._values = _buffer_like(value_states, self.capacity)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append columns in place; returns views of everything used, [B, H, length, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self._keys is not None and self._values is not None
+        end = self.length + key_states.shape[-2]
+        if end > self._keys.shape[-2]:
+            self._grow(end)
+        self._keys[:, :, self.length : end] = key_states
+        self._values[:, :, self.length : end] = value_states
+        self._use(end)
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def _grow(self, at_least: int) -> None:
+        assert self._keys is not None and self._values is not None
+        self.capacity = max(2 * self._keys.shape[-2], at_least)
+        for name in ("_keys", "_values"):
+            old: Tensor = getattr(self, name)
+            new = _buffer_like(old, self.capacity)
+            new[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, new)
+
+    def _use(self, length: int) -> None:
+        """Declare the first `length` columns used; `keys` and `values` become views of them."""
+        assert self._keys is not None and self._values is not None
+        self.length = length
+        self.keys = self._keys[:, :, :length]
+        self.values = self._values[:, :, :length]
+
+    def get_seq_length(self) -> int:
+        """Columns in use."""
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns; transformers' convention is a count that is not positive."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes a count of columns to remove as a non-positive number, got {tokens_to_remove}"
+            )
+        if self.is_initialized:
+            self._use(self.length + tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything, buffers included."""
+        self.keys = self.values = self._keys = self._values = None
+        self.is_initialized = False
+        self.length = 0
+
+    def move(self, sources: Tensor, destinations: Tensor) -> None:
+        """Copy columns `sources` [B, A] of each row onto `destinations` [B, A]; reads before it writes."""
+        for buffer in (self._keys, self._values):
+            if buffer is None:  # a layer that shares another layer's cache holds nothing
+                continue
+            if buffer.shape[0] == 1:
+                buffer[:, :, destinations[0]] = buffer[:, :, sources[0]]
+            else:
+                shape = (-1, buffer.shape[1], -1, buffer.shape[3])
+                columns = buffer.gather(2, sources[:, None, :, None].expand(shape))
+                buffer.scatter_(2, destinations[:, None, :, None].expand(shape), columns)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows become `beam_idx` of the rows before."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows, in this order. Copies once."""
+        if self.is_initialized:
+            assert self._keys is not None and self._values is not None
+            self._keys = self._keys[indices.to(self._keys.device)]
+            self._values = self._values[indices.to(self._values.device)]
+            self._use(self.length)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        if self.is_initialized:
+            assert self._keys is not None and self._values is not None
+            self._keys = self._keys.repeat_interleave(repeats, 0)
+            self._values = self._values.repeat_interleave(repeats, 0)
+            self._use(self.length)
+
+
+def _buffer_like(states: Tensor, capacity: int) -> Tensor:
+    # Zeros, not empty: a masked column still enters the product with weight 0, and 0 * NaN is NaN.
+    return states.new_zeros(*states.shape[:2], capacity, states.shape[3])
+
+
+class KVCache(Cache):
+    """A transformers Cache of BufferedLayers; also usable with plain `model.generate`.
+
+    Args:
+        num_layers: layers of the model.
+        capacity: columns to allocate at first use, when the final length is known.
+    """
+
+    def __init__(self, num_layers: int, capacity: int = 0) -> None:
+        super().__init__(layers=[BufferedLayer(capacity) for _ in range(num_layers)])
+
+    def keep(self, kept: list[list[int]], starts: list[int], length: int) -> None:
+        """Commit: move columns `kept[b]` of row b to `starts[b]` onwards, then cut every layer to `length`.
+
+        Cost is proportional to the columns kept, not to the past. Nothing moves when they already lie
+        in place, as for the prefix of a chain at batch 1.
+        """
+        width = max(len(columns) for columns in kept)
+        sources = [[*columns, *[columns[-1] if columns else length - 1] * (width - len(columns))] for columns in kept]
+        destinations = []
+        for columns, start in zip(kept, starts, strict=True):
+            ends = range(start, start + len(columns))
+            # Padding repeats the row's last move (or maps a column onto itself), so it changes nothing.
+            destinations.append([*ends, *[ends[-1] if columns else length - 1] * (width - len(columns))])
+        if sources != destinations:
+            device = self._device()
+            source, destination = torch.tensor(sources, device=device), torch.tensor(destinations, device=device)
+            for layer in self.layers:
+                layer.move(source, destination)  # type: ignore[union-attr]
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer._use(length)  # type: ignore[union-attr]
+
+    def _device(self) -> torch.device:
+        return next(layer.device for layer in self.layers if layer.is_initialized)
+
+    @staticmethod
+    def copy_of(cache: Cache, num_layers: int, capacity: int = 0) -> KVCache:
+        """The contents of a user's cache in buffers of our own.
+
+        A sliding-window layer keeps only its last columns; the forgotten ones become zeros, which lie outside
+        the window of every later position and are masked there.
+        """
+        copy = KVCache(num_layers, capacity)
+        for ours, theirs in zip(copy.layers, cache.layers, strict=False):
+            keys, values = getattr(theirs, "keys", None), getattr(theirs, "values", None)
+            if keys is None or values is None or keys.numel() == 0:
+                continue
+            missing = theirs.get_seq_length() - keys.shape[-2]
+            if missing > 0:
+                keys = torch.cat([keys.new_zeros(*keys.shape[:2], missing, keys.shape[3]), keys], 2)
+                values = torch.cat([values.new_zeros(*values.shape[:2], missing, values.shape[3]), values], 2)
+            ours.update(keys, values)
+        return copy
+
+    def row(self, index: int, length: int) -> KVCache:
+        """A copy of the first `length` columns of one row."""
+        copy = KVCache(len(self.layers))
+        for ours, theirs in zip(copy.layers, self.layers, strict=True):
+            if theirs.is_initialized:
+                keys, values = theirs.keys, theirs.values  # type: ignore[union-attr]
+                ours.update(keys[index : index + 1, :, :length], values[index : index + 1, :, :length])
+        return copy
+
+    @staticmethod
+    def of_rows(rows: list[KVCache]) -> KVCache:
+        """One cache of several single rows, padded with zero columns on the right."""
+        whole = KVCache(len(rows[0].layers))
+        for index, layer in enumerate(whole.layers):
+            parts = [row.layers[index] for row in rows]
+            if not parts[0].is_initialized:
+                continue
+            longest = max(part.get_seq_length() for part in parts)
+            for part in parts:
+                missing = longest - part.get_seq_length()
+                if missing:
+                    keys = part.keys  # type: ignore[union-attr]
+                    values = part.values  # type: ignore[union-attr]
+                    part.update(
+                        keys.new_zeros(*keys.shape[:2], missing, keys.shape[3]),
+                        values.new_zeros(*values.shape[:2], missing, values.shape[3]),
+                    )
+            layer.update(torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts]))  # type: ignore[union-attr]
+        return whole
+
+    def write_back(self, cache: Cache) -> None:
+        """Store our columns in the user's dynamic cache, as plain `generate` would have left it."""
+        for ours, theirs in zip(self.layers, cache.layers, strict=False):
+            if not ours.is_initialized:
+                continue
+            keys, values = ours.keys.clone(), ours.values.clone()  # type: ignore[union-attr]
+            theirs.reset()
+            theirs.update(keys, values)

@@ -1,0 +1,215 @@
+"""A model's cached past for B rows, and tree columns appended after it.
+
+Verifier and draft model share this bookkeeping. Row b's committed columns are
+`[starts[b], lengths[b])`: left padding before, dead columns after until the next commit. A tree's
+columns begin at `base`, the longest row's length, for all rows alike; `keep` moves each row's kept
+columns to its own end. So rows advance by different amounts without re-padding the past.
+
+Dimensions: B sequences, S prompt length, Q query nodes, W tree columns, N nodes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.cache import KVCache
+from specdec.target import Target, TargetOutput
+
+Mask = Tensor | dict[str, Tensor | None] | None
+
+
+class Context:
+    """Cache, row lengths and masks of one model.
+
+    Args:
+        target: the model.
+        capacity: cache columns to allocate at once; the cache grows when they do not suffice.
+    """
+
+    def __init__(self, target: Target, capacity: int = 0) -> None:
+        self.target = target
+        self.cache = KVCache(target.num_layers, capacity)
+        self.starts: list[int] = []
+        self.lengths: list[int] = []
+        self.position_limit: list[int] | None = None
+        self._tree_depths = torch.zeros(0, 0, dtype=torch.long)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.lengths)
+
+    @property
+    def base(self) -> int:
+        """The first tree column: the longest row's committed length."""
+        return max(self.lengths, default=0)
+
+    @property
+    def tree_width(self) -> int:
+        """W, tree columns appended since the last commit."""
+        return self._tree_depths.shape[1]
+
+    def begin(self, starts: list[int], length: int) -> None:
+        """Declare columns [starts[b], length) of row b committed, as after a left-padded prefill."""
+        self.starts, self.lengths = list(starts), [length] * len(starts)
+        self._drop_tree()
+
+    def prefill(self, rows: list[list[int]]) -> TargetOutput:
+        """Run and commit the first tokens of an empty context, through the model's own causal masks.
+
+        Returns logits [B, 1, V] of each row's last token.
+        """
+        assert not self.cache.get_seq_length(), "a context is prefilled once"
+        ids, starts = left_padded(rows, self.target.device)
+        column = torch.arange(ids.shape[1])
+        live = column >= torch.tensor(starts)[:, None]
+        positions = (column - torch.tensor(starts)[:, None]).clamp(min=0).to(ids.device)
+        mask = live.long().to(ids.device) if any(starts) else None
+        output = self.target.forward(ids, positions, mask, self.cache, keep_logits=1)
+        self.begin(starts, ids.shape[1])
+        return output
+
+    def run(
+        self,
+        tokens: Tensor,
+        depths: Tensor,
+        sees: Tensor,
+        *,
+        taps: tuple[int, ...] = (),
+        keep_logits: int = 0,
+        num_layers: int | None = None,
+    ) -> TargetOutput:
+        """Append nodes to the tree and run them.
+
+        Args:
+            tokens: [B, Q] ids of the new nodes.
+            depths: [B, Q] distance from the first uncommitted position, on the host.
+            sees: bool [B, Q, W + Q] on the host: which tree columns each new node sees.
+            taps: hidden states to return.
+            keep_logits: logits of the last so many nodes only; 0 for all.
+            num_layers: run only so many layers from the bottom, with the model's own norm and head.
+        """
+        self._tree_depths = torch.cat([self._tree_depths, depths], 1)
+        positions, mask = self._positions(depths), self._mask(depths, sees)
+        tokens = tokens.to(self.target.device)
+        if num_layers is None:
+            return self.target.forward(tokens, positions, mask, self.cache, taps=taps, keep_logits=keep_logits)
+        return self.target.forward_bottom(num_layers, tokens, positions, mask, self.cache, keep_logits=keep_logits)
+
+    def finish(
+        self, first_layer: int, hidden: Tensor, tokens: Tensor, sees: Tensor, *, taps: tuple[int, ...] = ()
+    ) -> TargetOutput:
+        """Run the layers from `first_layer` on all W tree columns, whose states below are `hidden` [B, W, D]."""
+        assert hidden.shape[1] == self.tree_width == tokens.shape[1], "states of every node, in column order"
+        positions, mask = self._positions(self._tree_depths), self._mask(self._tree_depths, sees)
+        return self.target.forward_top(first_layer, hidden, tokens, positions, mask, self.cache, taps=taps)
+
+    def extend(self, tokens: Tensor, counts: list[int], *, keep_logits: int = 0) -> TargetOutput:
+        """Append and commit `counts[b]` tokens of row b, from right-padded ids [B, Q]."""
+        assert self.tree_width == 0, "commit or drop the tree first"
+        width = tokens.shape[1]
+        depths = torch.arange(width).expand(len(counts), -1)
+        sees = torch.ones(width, width, dtype=torch.bool).tril().expand(len(counts), -1, -1)
+        output = self.run(tokens, depths, sees, keep_logits=keep_logits)
+        self.keep([list(range(count)) for count in counts])
+        return output
+
+    def keep(self, nodes: list[list[int]]) -> None:
+        """Commit: row b keeps its tree nodes `nodes[b]`, in path order; all other tree columns are dropped."""
+        base, starts = self.base, self.lengths
+        self.lengths = [length + len(row) for length, row in zip(starts, nodes, strict=True)]
+        self.cache.keep([[base + node for node in row] for row in nodes], starts, self.base)
+        self._drop_tree()
+
+    def select(self, rows: list[int]) -> None:
+        """Keep only these rows, in this order; copies the cache once."""
+        self.starts = [self.starts[row] for row in rows]
+        self.lengths = [self.lengths[row] for row in rows]
+        if self.position_limit is not None:
+            self.position_limit = [self.position_limit[row] for row in rows]
+        self.cache.batch_select_indices(torch.tensor(rows))
+        base = self.base
+        for layer in self.cache.layers:
+            if layer.is_initialized:
+                layer._use(base)  # type: ignore[union-attr]
+        self._drop_tree()
+
+    def _drop_tree(self) -> None:
+        self._tree_depths = torch.zeros(self.batch_size, 0, dtype=torch.long)
+
+    def _positions(self, depths: Tensor) -> Tensor:
+        """Logical positions [B, Q]: committed length, left padding not counted, plus depth."""
+        ends = torch.tensor([length - start for length, start in zip(self.lengths, self.starts, strict=True)])
+        positions = ends[:, None] + depths
+        if self.position_limit is not None:
+            # Nodes past a row's last useful position can never be emitted, but learned position
+            # tables end somewhere.
+            positions = positions.minimum(torch.tensor(self.position_limit)[:, None])
+        return positions.to(self.target.device)
+
+    def _mask(self, depths: Tensor, sees: Tensor) -> Mask:
+        """The mask in the form the target's layers eat; None when a plain decode step needs none."""
+        if self.target.form == "chain":
+            return self._padding_mask()
+        kinds = self.target.kinds
+        if kinds == ("full_attention",) and sees.shape[1:] == (1, 1) and self._is_rectangular:
+            return None
+        masks: dict[str, Tensor | None] = {kind: self._additive(kind, depths, sees) for kind in kinds}
+        return masks if len(kinds) > 1 else masks[kinds[0]]
+
+    @property
+    def _is_rectangular(self) -> bool:
+        """No row has padding or dead columns."""
+        base = self.base
+        return not any(self.starts) and all(length == base for length in self.lengths)
+
+    def _columns(self) -> Tensor:
+        """Bool [B, base]: which committed columns are live, on the host."""
+        column = torch.arange(self.base)
+        starts, ends = torch.tensor(self.starts)[:, None], torch.tensor(self.lengths)[:, None]
+        return (column >= starts) & (column < ends)
+
+    def _padding_mask(self) -> Tensor | None:
+        """2-D mask for chain-only targets, or None when nothing is padded."""
+        if self._is_rectangular:
+            return None
+        live = self._columns()
+        return torch.cat([live, live.new_ones(self.batch_size, self.tree_width)], 1).long().to(self.target.device)
+
+    def _additive(self, kind: str, depths: Tensor, sees: Tensor) -> Tensor:
+        """Additive [B, 1, Q, base + W]: committed columns and ancestors, inside the layer kind's window."""
+        base, dtype = self.base, self.target.dtype
+        lowest = torch.finfo(dtype).min
+        mask = torch.zeros(self.batch_size, 1, sees.shape[1], base + sees.shape[2], dtype=dtype)
+        if not self._is_rectangular:
+            mask[..., :base].masked_fill_(~self._columns()[:, None, None, :], lowest)
+        mask[..., base:].masked_fill_(~sees[:, None], lowest)
+        hidden = self._outside_window(kind, depths)
+        if hidden is not None:
+            mask.masked_fill_(hidden[:, None], lowest)
+        return mask.to(self.target.device)
+
+    def _outside_window(self, kind: str, depths: Tensor) -> Tensor | None:
+        """Bool [B, Q, base + W] of columns beyond a sliding window or chunk; on logical positions."""
+        if kind not in ("sliding_attention", "chunked_attention"):
+            return None
+        starts = torch.tensor(self.starts)[:, None]
+        ends = torch.tensor(self.lengths)[:, None] - starts
+        keys = torch.cat([torch.arange(self.base) - starts, ends + self._tree_depths], 1)[:, None, :]
+        queries = (ends + depths)[:, :, None]
+        if kind == "sliding_attention":
+            assert self.target.window is not None
+            return queries - keys >= self.target.window
+        assert self.target.chunk is not None
+        return queries // self.target.chunk != keys // self.target.chunk
+
+
+def left_padded(rows: list[list[int]], device: Any) -> tuple[Tensor, list[int]]:
+    """Ids [B, S] with zeros on the left, and each row's number of padding columns."""
+    width = max(len(row) for row in rows)
+    starts = [width - len(row) for row in rows]
+    padded = [[*[0] * start, *row] for start, row in zip(starts, rows, strict=True)]
+    return torch.tensor(padded, dtype=torch.long, device=device), starts

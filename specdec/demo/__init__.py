@@ -1,0 +1,22 @@
+"""The pair that ships with specdec: a small target, a draft model, and prompts from held-out code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def target_path() -> Path:
+    """Directory of the demo target."""
+    return FOLDER / "target"
+
+
+def draft_path() -> Path:
+    """Directory of the demo draft model."""
+    return FOLDER / "draft"
+
+
+def prompts() -> dict[str, str]:
+    """Name and text of the prompts that ship with the pair."""
+    return {path.stem: path.read_text() for path in sorted((FOLDER / "prompts").glob("*.py"))}

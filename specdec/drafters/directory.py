@@ -1,0 +1,90 @@
+"""Drafter directories: drafter.json says the kind, its options and the target it was made for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from specdec.errors import DrafterMismatch, UnknownDrafter
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class DrafterJson:
+    """Contents of drafter.json.
+
+    Attributes:
+        kind: "draft-model" (the model lies beside this file) or a drafter word.
+        options: option strings as in a drafter specification.
+        target: the fingerprint of the target, see `fingerprint`; empty when it fits any.
+        format_version: of this file.
+    """
+
+    kind: str
+    options: dict[str, str] = field(default_factory=dict)
+    target: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """What must agree between a drafter's target and the model it is used with."""
+    config = model.config.get_text_config(decoder=True)
+    return {
+        "model_type": config.model_type,
+        "vocab_size": int(config.vocab_size),
+        "hidden_size": int(config.hidden_size),
+        "num_layers": int(config.num_hidden_layers),
+    }
+
+
+def tokenizer_hash(path: Path) -> str | None:
+    """sha256 of a model directory's tokenizer.json, when it has one."""
+    file = path / "tokenizer.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def write_drafter_json(path: Path, described: DrafterJson) -> None:
+    """Write drafter.json into a directory, creating it."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "drafter.json").write_text(json.dumps(asdict(described), indent=2) + "\n")
+
+
+def read_drafter_json(path: Path) -> DrafterJson:
+    """Read and check a directory's drafter.json.
+
+    Raises:
+        UnknownDrafter: not JSON, a missing or unknown field, or a newer format.
+    """
+    file = path / "drafter.json"
+    try:
+        raw = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UnknownDrafter(f"{file} is not readable JSON: {error}") from error
+    known = DrafterJson.__dataclass_fields__
+    if not isinstance(raw, dict) or "kind" not in raw or set(raw) - set(known):
+        raise UnknownDrafter(f"{file} must be an object with 'kind' and otherwise only {', '.join(known)}")
+    described = DrafterJson(**raw)
+    if described.format_version != FORMAT_VERSION:
+        raise UnknownDrafter(
+            f"{file} has format version {described.format_version}; this specdec reads version {FORMAT_VERSION}"
+        )
+    return described
+
+
+def check_fingerprint(described: DrafterJson, path: Path, model: PreTrainedModel) -> None:
+    """Refuse a drafter that was made for another target.
+
+    Raises:
+        DrafterMismatch: names every field that differs.
+    """
+    actual = fingerprint(model)
+    wrong = [f"{key} {actual[key]} (drafter: {value})" for key, value in described.target.items()
+             if key in actual and actual[key] != value]  # fmt: skip
+    if wrong:
+        raise DrafterMismatch(f"the drafter in {path} was made for another target; this one has {', '.join(wrong)}")

@@ -1,0 +1,164 @@
+"""From a drafter's name to a drafter: `WORD[:option=value,...]`, a model path, or a drafter directory.
+
+lookup:ngram=3,tokens=10          prompt lookup
+suffix:budget=12,branches=2       suffix automaton
+recycling:budget=15               token recycling
+early-exit:layer=2,depth=3        the target's own first layers
+demo-draft:depth=4,budget=12      the draft model that ships with specdec
+path/to/model:depth=4,budget=12   a draft model
+path/to/drafter                   a directory with drafter.json
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from specdec.demo import draft_path
+from specdec.drafter import Drafter
+from specdec.drafters.directory import check_fingerprint, read_drafter_json
+from specdec.drafters.draft_model import DraftModelDrafter, check_vocabulary
+from specdec.drafters.early_exit import EarlyExitDrafter
+from specdec.drafters.lookup import LookupDrafter
+from specdec.drafters.recycling import RecyclingDrafter
+from specdec.drafters.suffix import SuffixDrafter
+from specdec.errors import DrafterMismatch, UnknownDrafter
+from specdec.probe import probed
+from specdec.target import Target
+
+WORDS: dict[str, Callable[..., Drafter]] = {
+    "lookup": LookupDrafter,
+    "suffix": SuffixDrafter,
+    "recycling": RecyclingDrafter,
+    "early-exit": EarlyExitDrafter,
+    "demo-draft": DraftModelDrafter,
+}
+NOT_OPTIONS = {"self", "target", "vocab_size", "shape"}
+
+_draft_targets: WeakKeyDictionary[PreTrainedModel, Target] = WeakKeyDictionary()
+
+
+def load_drafter(spec: Drafter | PreTrainedModel | str | Path | None, model: PreTrainedModel) -> Drafter | None:
+    """The drafter that `spec` names, ready for this target.
+
+    Args:
+        spec: a word with options, a path with options, a loaded draft model, a Drafter (returned as it is),
+            or None for no speculation.
+        model: the target.
+
+    Raises:
+        UnknownDrafter: nothing of that name, a path that is not there, or a wrong option.
+        DrafterMismatch: made for another target.
+    """
+    if spec is None:
+        return None
+    if isinstance(spec, PreTrainedModel):
+        return _draft_model(spec, model, {})
+    if not isinstance(spec, str | Path):
+        if not isinstance(spec, Drafter):
+            raise UnknownDrafter(f"drafter is a name, a path, a model or a Drafter, got {type(spec).__name__}")
+        return spec
+    name, options = parse_spec(str(spec))
+    if name in WORDS:
+        return _from_word(name, options, model)
+    return _from_path(Path(name).expanduser(), options, model)
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """Split `name:key=value,...`; a colon that is followed by no `key=` belongs to the name."""
+    name, colon, tail = spec.rpartition(":")
+    if not colon or "=" not in tail or "/" in tail.split("=")[0]:
+        return spec, {}
+    options: dict[str, str] = {}
+    for part in tail.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not key or not equals or not value:
+            raise UnknownDrafter(f"drafter option {part!r} in {spec!r} is not of the form key=value")
+        if key in options:
+            raise UnknownDrafter(f"drafter option {key!r} is given twice in {spec!r}")
+        options[key.replace("-", "_")] = value
+    return name, options
+
+
+def _from_word(name: str, options: dict[str, str], model: PreTrainedModel) -> Drafter:
+    values = typed_options(name, WORDS[name], options)
+    if name == "demo-draft":
+        return _draft_model(load_model(draft_path(), model.dtype), model, values)
+    if name == "early-exit":
+        from_cache = Target(model)
+        return EarlyExitDrafter(probed(from_cache), **values)
+    if name == "recycling":
+        return RecyclingDrafter(int(model.config.get_text_config(decoder=True).vocab_size), **values)
+    return WORDS[name](**values)
+
+
+def _from_path(path: Path, options: dict[str, str], model: PreTrainedModel) -> Drafter:
+    if not path.exists():
+        words = ", ".join(sorted(WORDS))
+        raise UnknownDrafter(f"no drafter {str(path)!r}: neither a known word ({words}) nor an existing path")
+    if (path / "drafter.json").is_file():
+        described = read_drafter_json(path)
+        check_fingerprint(described, path, model)
+        if described.kind != "draft-model":
+            return _from_word(described.kind, {**described.options, **options}, model)
+        options = {**described.options, **options}
+    elif not (path / "config.json").is_file():
+        raise UnknownDrafter(f"{path} holds neither drafter.json nor a model's config.json")
+    values = typed_options("draft-model", DraftModelDrafter, options)
+    return _draft_model(load_model(path, model.dtype), model, values)
+
+
+def _draft_model(draft: PreTrainedModel, model: PreTrainedModel, options: dict[str, Any]) -> Drafter:
+    check_vocabulary(draft, model)
+    if draft is model:
+        raise DrafterMismatch("the draft model is the target itself; a drafter must be cheaper than its target")
+    if draft not in _draft_targets:
+        _draft_targets[draft] = probed(Target(draft))
+    return DraftModelDrafter(_draft_targets[draft], **options)
+
+
+def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A local causal language model in evaluation mode; nothing is downloaded.
+
+    Raises:
+        UnknownDrafter: the files are not a model that transformers can load.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnknownDrafter(f"cannot load a model from {path}: {reason}") from error
+    return model.eval()
+
+
+def typed_options(name: str, make: Callable[..., Any], options: dict[str, str]) -> dict[str, Any]:
+    """Option strings as the types of the drafter's own keyword arguments."""
+    parameters = {k: p for k, p in inspect.signature(make).parameters.items() if k not in NOT_OPTIONS}
+    values: dict[str, Any] = {}
+    for key, text in options.items():
+        if key not in parameters:
+            known = ", ".join(parameters)
+            raise UnknownDrafter(f"drafter {name!r} has no option {key!r}; it has: {known}")
+        values[key] = _typed(name, key, text, str(parameters[key].annotation))
+    return values
+
+
+def _typed(name: str, key: str, text: str, annotation: str) -> Any:
+    kinds = {"int": int, "float": float, "bool": _boolean, "str": str}
+    kind = annotation.split("|")[0].strip()
+    try:
+        return kinds[kind](text)
+    except ValueError:
+        raise UnknownDrafter(f"drafter {name!r}: option {key}={text!r} is not of type {kind}") from None
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise ValueError(text)
+    return text.lower() in ("true", "1", "yes")

@@ -1,0 +1,202 @@
+"""The emitter: turns target logits into emitted tokens, one at a time, exactly as plain `generate` does.
+
+It owns what plain `generate` owns between two forwards: the ids so far, the logits processors, the choice
+of the token, the stopping criteria and the recorded scores. The acceptance rules call it lazily, for the
+nodes that are really reached and once for each emitted token, so that processors and criteria with state
+see the same calls in the same order as without speculation, and a seed gives the same tokens.
+
+Rows that must be processed together (see `sampling.is_row_wise`) advance *in step*: one call for the whole
+batch per token, and the slowest row's path limits all. Otherwise every row goes its own way.
+
+Dimensions: B sequences, G rows of one group, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import stopping_criteria as sc
+
+from specdec.sampling import Chooser, SamplingParams, ignores_history, is_row_wise
+
+_ROW_WISE_CRITERIA = (
+    sc.MaxLengthCriteria, sc.MaxTimeCriteria, sc.EosTokenCriteria, sc.StopStringCriteria,
+)  # fmt: skip
+
+UNLIMITED = 1 << 30
+"""Room when no criterion limits the length."""
+
+
+class Emitter:
+    """Ids, processors, choice and stopping of one generation.
+
+    Args:
+        input_ids: prompt ids [B, S].
+        processors: the target's logits processors, warpers included.
+        criteria: stopping criteria.
+        params: sampling parameters.
+        pad_token: fills rows that have finished; None when there is no end-of-text criterion.
+        keep_scores: record processed scores of every emitted token.
+        keep_logits: record raw logits of every emitted token.
+        in_step: force all rows to advance together, also when nothing requires it.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        params: SamplingParams,
+        *,
+        pad_token: int | None = None,
+        keep_scores: bool = False,
+        keep_logits: bool = False,
+        in_step: bool = False,
+        chooser: Chooser | None = None,
+    ) -> None:
+        self.params = params
+        self.chooser = chooser or Chooser(params.generator)
+        self.processors = processors
+        self.pad_token = pad_token
+        self.prompt_length = input_ids.shape[1]
+        self.batch_size = input_ids.shape[0]
+        self.lengths = [self.prompt_length] * self.batch_size
+        self.finished = [False] * self.batch_size
+        self.in_step = self.batch_size > 1 and (
+            in_step or not all(map(is_row_wise, processors)) or not all(map(_is_row_wise_criterion, criteria))
+        )
+        self.scores: list[list[Tensor]] | None = [[] for _ in self.lengths] if keep_scores else None
+        self.logits: list[list[Tensor]] | None = [[] for _ in self.lengths] if keep_logits else None
+        self._ids = input_ids.new_zeros(self.batch_size, max(64, 2 * self.prompt_length))
+        self._ids[:, : self.prompt_length] = input_ids
+        self._read_criteria(criteria)
+
+    def _read_criteria(self, criteria: StoppingCriteriaList) -> None:
+        """Length and end-of-text limits become integers on the host; the rest is called as it is."""
+        limits = [c.max_length for c in criteria if type(c) is sc.MaxLengthCriteria]
+        self.max_length = min(limits, default=None)
+        self.eos_tokens = {t for c in criteria if type(c) is sc.EosTokenCriteria for t in c.eos_token_id.tolist()}
+        self._other_criteria = StoppingCriteriaList(
+            c for c in criteria if type(c) not in (sc.MaxLengthCriteria, sc.EosTokenCriteria)
+        )
+
+    @property
+    def takes_argmax(self) -> bool:
+        """The choice is the argmax of raw logits: greedy without processors."""
+        return not self.params.do_sample and not self.processors
+
+    @property
+    def processes_nodes_at_once(self) -> bool:
+        """Processing needs no history, so all nodes of a tree can go through it in one call."""
+        return all(map(ignores_history, self.processors))
+
+    @property
+    def running(self) -> list[int]:
+        """Rows that have not finished."""
+        return [row for row, finished in enumerate(self.finished) if not finished]
+
+    def room(self) -> int:
+        """The deepest tree node that can still be followed by a token, over all running rows."""
+        if self.max_length is None:
+            return UNLIMITED
+        return max((self.max_length - self.lengths[row] - 1 for row in self.running), default=0)
+
+    def ids(self, row: int) -> Tensor:
+        """Prompt and emitted ids of a row, [T]."""
+        return self._ids[row, : self.lengths[row]]
+
+    def last_token(self, row: int) -> int:
+        """The last emitted (or prompt) id of a row."""
+        return int(self._ids[row, self.lengths[row] - 1])
+
+    def _history(self, rows: list[int]) -> Tensor:
+        """Ids [G, T] of one row, or of the whole batch in step; views, no copies."""
+        length = self.lengths[rows[0]]
+        if len(rows) == 1:
+            return self._ids[rows[0] : rows[0] + 1, :length]
+        assert len(rows) == self.batch_size, "a group is one row or the whole batch"
+        return self._ids[:, :length]
+
+    def process(self, rows: list[int], logits: Tensor) -> Tensor:
+        """Scores [G, V] in float32 from raw logits [G, V], given each row's ids so far; rows of equal length."""
+        scores = logits.to(copy=True, dtype=_wide(logits.dtype), device=self._ids.device)
+        return self.processors(self._history(rows), scores)
+
+    def process_node(self, row: int, path_tokens: list[int], logits: Tensor) -> Tensor:
+        """Scores [V] at a tree node, whose history is the row's ids and the node's own path. Emits nothing."""
+        ids = self.ids(row)[None]
+        if path_tokens:
+            ids = torch.cat([ids, ids.new_tensor([path_tokens])], 1)
+        return self.processors(ids, logits[None].to(copy=True, dtype=_wide(logits.dtype), device=ids.device))[0]
+
+    def choose(self, rows: list[int], logits: Tensor) -> list[int]:
+        """Process, choose and emit one token for each of `rows` from logits [G, V]."""
+        scores = self.process(rows, logits)
+        if self.params.do_sample:
+            tokens = self.chooser.draw(scores.softmax(-1))
+        else:
+            tokens = scores.argmax(-1)
+        chosen = tokens.tolist()
+        for index, row in enumerate(rows):
+            if self.finished[row]:
+                assert self.pad_token is not None
+                chosen[index] = self.pad_token
+        self.emit(rows, chosen, scores, logits)
+        return chosen
+
+    def emit(self, rows: list[int], tokens: list[int], scores: Tensor | None, logits: Tensor) -> None:
+        """Append one token to each row and run the stopping criteria.
+
+        `scores` [G, V] may be None for "the same as logits" (greedy without processors).
+        """
+        self._reserve(max(self.lengths[row] for row in rows) + 1)
+        for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            self._ids[row, self.lengths[row]] = token
+            self.lengths[row] += 1
+            if self.logits is not None:
+                self.logits[row].append(logits[index].to(copy=True, dtype=_wide(logits.dtype)))
+            if self.scores is not None:
+                score = logits if scores is None else scores
+                self.scores[row].append(score[index].to(copy=True, dtype=_wide(logits.dtype)))
+        self._stop(rows, tokens)
+
+    def _stop(self, rows: list[int], tokens: list[int]) -> None:
+        for row, token in zip(rows, tokens, strict=True):
+            at_limit = self.max_length is not None and self.lengths[row] >= self.max_length
+            if at_limit or token in self.eos_tokens:
+                self.finished[row] = True
+        if self._other_criteria:
+            stops = self._other_criteria(self._history(rows), self._scores_so_far(rows))
+            for row, stop in zip(rows, stops.tolist(), strict=True):
+                self.finished[row] |= stop
+
+    def _scores_so_far(self, rows: list[int]) -> tuple[Tensor, ...] | None:
+        """What plain `generate` hands to criteria: the scores of all steps, when they are kept."""
+        if self.scores is None:
+            return None
+        return tuple(torch.stack(step) for step in zip(*(self.scores[row] for row in rows), strict=True))
+
+    def _reserve(self, length: int) -> None:
+        if length > self._ids.shape[1]:
+            larger = self._ids.new_zeros(self.batch_size, 2 * length)
+            larger[:, : self._ids.shape[1]] = self._ids
+            self._ids = larger
+
+    def sequences(self) -> Tensor:
+        """All rows [B, longest], padded on the right with the pad token."""
+        longest = max(self.lengths)
+        rows = self._ids[:, :longest].clone()
+        for row, length in enumerate(self.lengths):
+            if length < longest:
+                rows[row, length:] = 0 if self.pad_token is None else self.pad_token
+        return rows
+
+
+def _is_row_wise_criterion(criterion: sc.StoppingCriteria) -> bool:
+    return type(criterion) in _ROW_WISE_CRITERIA or bool(getattr(criterion, "row_wise", False))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """float32 for everything but float64, which exact tests use."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,309 @@
+"""The target adapter: any causal language model of transformers behind four calls, no modelling code of ours.
+
+It knows which attention mask the model's layers eat, hands out hidden states (taps), and runs layers
+lo..hi with the model's own norms, heads and scalings by swapping its list of layers.
+
+Masks are always additive, 0 and the dtype's minimum: eager attention *adds* a boolean mask to the scores
+and goes silently wrong, sdpa takes both.
+
+Dimensions: B sequences, Q query tokens, C cache columns, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from specdec.errors import UnsupportedModel
+
+Form = Literal["tree", "chain"]
+MASKED_ATTENTION = ("eager", "sdpa", "specdec_sdpa")
+"""Attention implementations that take an additive 4-D mask."""
+
+RECURRENT_KINDS = ("linear_attention", "conv", "mamba", "recurrent", "hybrid", "mamba2", "moe_mamba")
+
+
+@dataclass
+class TargetOutput:
+    """What one forward returned.
+
+    Attributes:
+        logits: [B, Q or fewer, V], raw, in the model's dtype.
+        taps: hidden states by transformers' `hidden_states` index, [B, Q, D] each.
+        hidden: output of the last layer that ran, before any norm, when layers lo..hi were run.
+    """
+
+    logits: Tensor
+    taps: dict[int, Tensor] = field(default_factory=dict)
+    hidden: Tensor | None = None
+
+
+class _Given(nn.Module):
+    """Stands in for a layer whose output is already known; everything else is the layer's own."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = [layer]  # in a list: not a submodule, so that parameters are not registered twice
+        self.output: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattribute__("_layer")[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+
+class Target:
+    """A causal language model as the rest of specdec sees it (draft models use it too).
+
+    Raises:
+        UnsupportedModel: encoder-decoder, recurrent state, no cache, or an attention implementation
+            that takes no tree mask. The message names what to do.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        refuse_unsupported(model)
+        self.model = model
+        self.config = model.config.get_text_config(decoder=True)
+        self.attention: str = self.config._attn_implementation
+        self.vocab_size = int(self.config.vocab_size)
+        self.form: Form = "tree"  # specdec.probe may lower it to "chain"
+        self.kinds = layer_kinds(self.config)
+        self.takes_positions = "position_ids" in _forward_parameters(model)
+        self.takes_logits_to_keep = "logits_to_keep" in _forward_parameters(model)
+        self._parent, self._name = find_layers(model, int(self.config.num_hidden_layers))
+        self.layers: nn.ModuleList = getattr(self._parent, self._name)
+        self._bottoms: dict[int, nn.ModuleList] = {}
+        self._tops: dict[int, nn.ModuleList] = {}
+        self._tuple_length: int | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """L, decoder layers."""
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(self.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where input ids go."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of hidden states and masks."""
+        return self.model.dtype
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest text the model was made for, when its config says."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def window(self) -> int | None:
+        """Columns that a sliding-window layer sees, itself included."""
+        return getattr(self.config, "sliding_window", None)
+
+    @property
+    def chunk(self) -> int | None:
+        """Chunk length of chunked attention."""
+        return getattr(self.config, "attention_chunk_size", None)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | dict[str, Tensor | None] | None,
+        cache: Cache,
+        *,
+        taps: tuple[int, ...] = (),
+        keep_logits: int = 0,
+    ) -> TargetOutput:
+        """Run all layers on `input_ids` [B, Q], appending Q columns to the cache.
+
+        Args:
+            input_ids: token ids [B, Q].
+            positions: logical positions [B, Q].
+            mask: additive [B, 1, Q, C + Q], one per layer kind for models with several, or None for
+                the model's own causal mask.
+            cache: appended to.
+            taps: `hidden_states` indices to return.
+            keep_logits: logits of the last so many positions only; 0 for all.
+        """
+        kwargs: dict[str, Any] = {}
+        if self.takes_positions:
+            kwargs["position_ids"] = positions
+        if self.takes_logits_to_keep:
+            kwargs["logits_to_keep"] = keep_logits
+        if taps:
+            kwargs["output_hidden_states"] = list(taps)
+        output = self.model(
+            input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True, **kwargs
+        )
+        logits = output.logits
+        if keep_logits and not self.takes_logits_to_keep:
+            logits = logits[:, -keep_logits:]
+        return TargetOutput(logits, {tap: output.hidden_states[tap] for tap in taps})
+
+    def forward_bottom(
+        self,
+        num_layers: int,
+        input_ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | dict[str, Tensor | None] | None,
+        cache: Cache,
+        *,
+        keep_logits: int = 0,
+    ) -> TargetOutput:
+        """Layers 0..num_layers, then the model's own norm and head.
+
+        Returns logits of that early exit and `hidden` [B, Q, D], the state before the norm, from which
+        `forward_top` continues.
+        """
+        captured: list[Any] = []
+        hook = self.layers[num_layers - 1].register_forward_hook(lambda _m, _i, output: captured.append(output))
+        try:
+            with self._swapped(self._bottom(num_layers)):
+                result = self.forward(input_ids, positions, mask, cache, keep_logits=keep_logits)
+        finally:
+            hook.remove()
+        output = captured[0]
+        self._tuple_length = len(output) if isinstance(output, tuple) else None
+        result.hidden = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def forward_top(
+        self,
+        first_layer: int,
+        hidden: Tensor,
+        input_ids: Tensor,
+        positions: Tensor,
+        mask: Tensor | dict[str, Tensor | None] | None,
+        cache: Cache,
+        *,
+        taps: tuple[int, ...] = (),
+    ) -> TargetOutput:
+        """Layers first_layer.. on states [B, Q, D] that the layers below already made.
+
+        The list of layers keeps its length, so that per-layer settings read by index stay aligned. Taps are
+        served for layers that run here; a tap at or below `first_layer` must come from the drafter's own states.
+        """
+        if any(0 <= tap < first_layer for tap in taps):
+            raise ValueError(f"taps {taps} lie below layer {first_layer}, where this forward begins")
+        given = self._top(first_layer)
+        output = hidden if self._tuple_length is None else (hidden, *[None] * (self._tuple_length - 1))
+        for index in range(first_layer):
+            given[index].output = output
+        collected: dict[int, Tensor] = {}
+        hooks = [self._collect(tap, first_layer, collected) for tap in taps]
+        try:
+            with self._swapped(given):
+                result = self.forward(input_ids, positions, mask, cache)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for index in range(first_layer):
+                given[index].output = None
+        result.taps = collected
+        return result
+
+    def _collect(self, tap: int, first_layer: int, collected: dict[int, Tensor]) -> Any:
+        """A hook that stores hidden_states[tap]; with layers replaced, transformers' own capture miscounts."""
+        index = tap if tap >= 0 else self.num_layers + 1 + tap
+        if index == self.num_layers:
+            raise ValueError("the tap after the final norm is not available in a resumed forward")
+        assert index > first_layer or index == first_layer
+
+        def store(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            collected[tap] = args[0] if args else kwargs["hidden_states"]
+
+        return self.layers[index].register_forward_pre_hook(store, with_kwargs=True)
+
+    def _bottom(self, num_layers: int) -> nn.ModuleList:
+        if num_layers not in self._bottoms:
+            self._bottoms[num_layers] = nn.ModuleList(list(self.layers)[:num_layers])
+        return self._bottoms[num_layers]
+
+    def _top(self, first_layer: int) -> nn.ModuleList:
+        if first_layer not in self._tops:
+            given = [_Given(layer) for layer in list(self.layers)[:first_layer]]
+            self._tops[first_layer] = nn.ModuleList([*given, *list(self.layers)[first_layer:]])
+        return self._tops[first_layer]
+
+    @contextmanager
+    def _swapped(self, layers: nn.ModuleList) -> Iterator[None]:
+        setattr(self._parent, self._name, layers)
+        try:
+            yield
+        finally:
+            setattr(self._parent, self._name, self.layers)
+
+
+def _forward_parameters(model: nn.Module) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
+
+
+def layer_kinds(config: Any) -> tuple[str, ...]:
+    """The layer kinds of a text config; one kind means one mask, several mean a mask per kind.
+
+    Models without `layer_types` use one mask for all layers: sliding when a window is set, else full.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return tuple(sorted(set(kinds)))
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        return ("sliding_attention",)
+    return ("full_attention",)
+
+
+def find_layers(model: PreTrainedModel, num_layers: int) -> tuple[nn.Module, str]:
+    """The module and attribute that hold the list of decoder layers."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+                return module, name
+    raise UnsupportedModel(
+        f"{type(model).__name__} has no list of {num_layers} decoder layers. "
+        "specdec needs a decoder-only transformer; use plain model.generate() for this one."
+    )
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel for what can be known without running the model."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"{name} is an encoder-decoder model; specdec decodes decoder-only causal language models. "
+            "Use plain model.generate() for it."
+        )
+    if not model.can_generate():
+        raise UnsupportedModel(f"{name} has no language-model head; load it with AutoModelForCausalLM.")
+    config = model.config.get_text_config(decoder=True)
+    recurrent = [kind for kind in getattr(config, "layer_types", None) or () if kind in RECURRENT_KINDS]
+    if recurrent or getattr(model, "_is_stateful", False):
+        kinds = ", ".join(sorted(set(recurrent))) or "recurrent"
+        raise UnsupportedModel(
+            f"{name} has layers with a running state ({kinds}) that cannot take back a rejected token. "
+            "Use plain model.generate(), or an attention-only model of the same family."
+        )
+    attention = config._attn_implementation
+    if attention not in MASKED_ATTENTION:
+        raise UnsupportedModel(
+            f"attention implementation {attention!r} takes no tree mask. "
+            'Call model.set_attn_implementation("sdpa") (or "eager") first.'
+        )
