@@ -273,13 +273,14 @@ def export(run: Run, corpus: Corpus, out: Path, args: argparse.Namespace) -> Non
     """Write both models as bf16 safetensors with the tokenizer, and measure the files that were written."""
     for name, model in (("target", run.target), ("draft", run.draft)):
         model.generation_config.update(bos_token_id=0, eos_token_id=0, pad_token_id=0)
-        model.to(torch.bfloat16).save_pretrained(out / name)
+        model.bfloat16().save_pretrained(out / name)
         corpus.tokenizer.save_pretrained(out / name)
     target = LlamaForCausalLM.from_pretrained(out / "target", dtype=torch.float32)
     draft = LlamaForCausalLM.from_pretrained(out / "draft", dtype=torch.float32)
     losses = held_out_losses(target, draft, corpus.held_out, rows=10_000)
     facts = {
-        "command": f"python scripts/train_demo.py --steps {args.steps} --seed {args.seed} --lr {args.lr} --draft-lr {args.draft_lr}",
+        "command": f"python scripts/train_demo.py --steps {args.steps} --seed {args.seed} "
+        f"--lr {args.lr} --draft-lr {args.draft_lr}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -21,7 +21,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from specdec.emitter import Emitter
+from specdec.emitter import Emitter, apply
 from specdec.sampling import Chooser
 from specdec.tree import TokenTree
 
@@ -68,7 +68,7 @@ class TreeLaw:
         if emitter.processes_nodes_at_once:
             flat = logits.flatten(0, 1)
             wide = flat.to(copy=True, dtype=torch.float64 if flat.dtype == torch.float64 else torch.float32)
-            scores = emitter.processors(tree.tokens.reshape(-1, 1), wide).view(*logits.shape)
+            scores = apply(emitter.processors, tree.tokens.reshape(-1, 1), wide).view(*logits.shape)
             self._scores = {(i, n): scores[i, n] for i in range(len(rows)) for n in range(tree.num_nodes)}
 
     def scores(self, row: int, node: int) -> Tensor:

@@ -10,14 +10,15 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
+from transformers.generation.stopping_criteria import StopStringCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.acceptance import Rule
 from specdec.cache import KVCache
@@ -86,14 +87,15 @@ def generate(
         SpecdecError: an option, model or drafter that cannot be honoured exactly; the message says what to do.
 
     Example:
-        >>> output = specdec.generate(model, **tokenizer("def", return_tensors="pt"), drafter="suffix", max_new_tokens=64)
+        >>> inputs = tokenizer("def", return_tensors="pt")
+        >>> output = specdec.generate(model, **inputs, drafter="suffix", max_new_tokens=64)
     """
     target = target_of(model)
     run = _Generation(target, load_drafter(drafter, model), rule, generator)
     arguments = run.bind(kwargs)
     with _without_stop_strings(model):
         # An attached model carries its own `generate`; the class's is transformers' original.
-        return type(model).generate(model, inputs, custom_generate=run, **arguments)
+        return cast(Any, type(model)).generate(model, inputs, custom_generate=run, **arguments)
 
 
 def attach(model: PreTrainedModel, drafter: Drafter | PreTrainedModel | str) -> PreTrainedModel:
@@ -122,7 +124,8 @@ class _Generation:
     """One call: what transformers' preparation hands over, plus what it drops."""
 
     def __init__(self, target: Target, drafter: Drafter | None, rule: Rule, generator: torch.Generator | None) -> None:
-        self.target, self.drafter, self.rule, self.generator = target, drafter, rule, generator
+        self.target, self.drafter, self.generator = target, drafter, generator
+        self.rule: Rule = rule
         self.streamer: Any = None
 
     def bind(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -180,8 +183,8 @@ class _Generation:
             return sequences
         return SpeculativeOutput(
             sequences=sequences,  # type: ignore[arg-type]
-            scores=_by_step(emitter.scores),
-            logits=_by_step(emitter.logits),
+            scores=cast(Any, _by_step(emitter.scores)),
+            logits=cast(Any, _by_step(emitter.logits)),
             past_key_values=user_cache if getattr(user_cache, "_is_user_defined", False) else cache,
             stats=stats,
         )
@@ -258,7 +261,7 @@ def _refuse_config(config: GenerationConfig, model_kwargs: dict[str, Any]) -> No
         (bool(config.output_hidden_states), f"output_hidden_states: {plain}"),
         (
             config.cache_implementation not in (None, "dynamic", "dynamic_full"),
-            f"cache_implementation={config.cache_implementation!r}: specdec brings its own preallocated cache; drop the option",
+            f"cache_implementation={config.cache_implementation!r}: specdec brings its own cache; drop the option",
         ),
         (
             config.prefill_chunk_size is not None,

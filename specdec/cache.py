@@ -24,8 +24,7 @@ class BufferedLayer(DynamicLayer):
         super().__init__()
         self.capacity = capacity
         self.length = 0
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._keys = self._values = torch.empty(0)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch size, heads and dtype of the first states that arrive."""
@@ -39,18 +38,15 @@ class BufferedLayer(DynamicLayer):
         """Append columns in place; returns views of everything used, [B, H, length, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self._keys is not None and self._values is not None
         end = self.length + key_states.shape[-2]
         if end > self._keys.shape[-2]:
             self._grow(end)
         self._keys[:, :, self.length : end] = key_states
         self._values[:, :, self.length : end] = value_states
-        self._use(end)
-        assert self.keys is not None and self.values is not None
-        return self.keys, self.values
+        self.use(end)
+        return self.used
 
     def _grow(self, at_least: int) -> None:
-        assert self._keys is not None and self._values is not None
         self.capacity = max(2 * self._keys.shape[-2], at_least)
         for name in ("_keys", "_values"):
             old: Tensor = getattr(self, name)
@@ -58,12 +54,16 @@ class BufferedLayer(DynamicLayer):
             new[:, :, : self.length] = old[:, :, : self.length]
             setattr(self, name, new)
 
-    def _use(self, length: int) -> None:
+    def use(self, length: int) -> None:
         """Declare the first `length` columns used; `keys` and `values` become views of them."""
-        assert self._keys is not None and self._values is not None
-        self.length = length
-        self.keys = self._keys[:, :, :length]
-        self.values = self._values[:, :, :length]
+        if self.is_initialized:
+            self.length = length
+            self.keys, self.values = self.used
+
+    @property
+    def used(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the columns in use, [B, H, length, D] each; views."""
+        return self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
     def get_seq_length(self) -> int:
         """Columns in use."""
@@ -75,20 +75,20 @@ class BufferedLayer(DynamicLayer):
             raise ValueError(
                 f"crop takes a count of columns to remove as a non-positive number, got {tokens_to_remove}"
             )
-        if self.is_initialized:
-            self._use(self.length + tokens_to_remove)
+        self.use(self.length + tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything, buffers included."""
-        self.keys = self.values = self._keys = self._values = None
+        self.keys = self.values = None
+        self._keys = self._values = torch.empty(0)
         self.is_initialized = False
         self.length = 0
 
     def move(self, sources: Tensor, destinations: Tensor) -> None:
         """Copy columns `sources` [B, A] of each row onto `destinations` [B, A]; reads before it writes."""
+        if not self.is_initialized:  # a layer that shares another layer's cache holds nothing
+            return
         for buffer in (self._keys, self._values):
-            if buffer is None:  # a layer that shares another layer's cache holds nothing
-                continue
             if buffer.shape[0] == 1:
                 buffer[:, :, destinations[0]] = buffer[:, :, sources[0]]
             else:
@@ -103,18 +103,16 @@ class BufferedLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only these rows, in this order. Copies once."""
         if self.is_initialized:
-            assert self._keys is not None and self._values is not None
             self._keys = self._keys[indices.to(self._keys.device)]
             self._values = self._values[indices.to(self._values.device)]
-            self._use(self.length)
+            self.use(self.length)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
         if self.is_initialized:
-            assert self._keys is not None and self._values is not None
             self._keys = self._keys.repeat_interleave(repeats, 0)
             self._values = self._values.repeat_interleave(repeats, 0)
-            self._use(self.length)
+            self.use(self.length)
 
 
 def _buffer_like(states: Tensor, capacity: int) -> Tensor:
@@ -131,7 +129,8 @@ class KVCache(Cache):
     """
 
     def __init__(self, num_layers: int, capacity: int = 0) -> None:
-        super().__init__(layers=[BufferedLayer(capacity) for _ in range(num_layers)])
+        self.buffers = [BufferedLayer(capacity) for _ in range(num_layers)]
+        super().__init__(layers=list(self.buffers))
 
     def keep(self, kept: list[list[int]], starts: list[int], length: int) -> None:
         """Commit: move columns `kept[b]` of row b to `starts[b]` onwards, then cut every layer to `length`.
@@ -149,14 +148,17 @@ class KVCache(Cache):
         if sources != destinations:
             device = self._device()
             source, destination = torch.tensor(sources, device=device), torch.tensor(destinations, device=device)
-            for layer in self.layers:
-                layer.move(source, destination)  # type: ignore[union-attr]
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer._use(length)  # type: ignore[union-attr]
+            for layer in self.buffers:
+                layer.move(source, destination)
+        self.cut(length)
+
+    def cut(self, length: int) -> None:
+        """Forget the columns from `length` on, in every layer."""
+        for layer in self.buffers:
+            layer.use(length)
 
     def _device(self) -> torch.device:
-        return next(layer.device for layer in self.layers if layer.is_initialized)
+        return next(layer.used[0].device for layer in self.buffers if layer.is_initialized)
 
     @staticmethod
     def copy_of(cache: Cache, num_layers: int, capacity: int = 0) -> KVCache:
@@ -166,11 +168,11 @@ class KVCache(Cache):
         the window of every later position and are masked there.
         """
         copy = KVCache(num_layers, capacity)
-        for ours, theirs in zip(copy.layers, cache.layers, strict=False):
+        for index, (ours, theirs) in enumerate(zip(copy.buffers, cache.layers, strict=False)):
             keys, values = getattr(theirs, "keys", None), getattr(theirs, "values", None)
             if keys is None or values is None or keys.numel() == 0:
                 continue
-            missing = theirs.get_seq_length() - keys.shape[-2]
+            missing = cache.get_seq_length(index) - keys.shape[-2]
             if missing > 0:
                 keys = torch.cat([keys.new_zeros(*keys.shape[:2], missing, keys.shape[3]), keys], 2)
                 values = torch.cat([values.new_zeros(*values.shape[:2], missing, values.shape[3]), values], 2)
@@ -179,39 +181,36 @@ class KVCache(Cache):
 
     def row(self, index: int, length: int) -> KVCache:
         """A copy of the first `length` columns of one row."""
-        copy = KVCache(len(self.layers))
-        for ours, theirs in zip(copy.layers, self.layers, strict=True):
+        copy = KVCache(len(self.buffers))
+        for ours, theirs in zip(copy.buffers, self.buffers, strict=True):
             if theirs.is_initialized:
-                keys, values = theirs.keys, theirs.values  # type: ignore[union-attr]
+                keys, values = theirs.used
                 ours.update(keys[index : index + 1, :, :length], values[index : index + 1, :, :length])
         return copy
 
     @staticmethod
     def of_rows(rows: list[KVCache]) -> KVCache:
         """One cache of several single rows, padded with zero columns on the right."""
-        whole = KVCache(len(rows[0].layers))
-        for index, layer in enumerate(whole.layers):
-            parts = [row.layers[index] for row in rows]
+        whole = KVCache(len(rows[0].buffers))
+        for index, layer in enumerate(whole.buffers):
+            parts = [row.buffers[index] for row in rows]
             if not parts[0].is_initialized:
                 continue
-            longest = max(part.get_seq_length() for part in parts)
+            longest = max(part.length for part in parts)
             for part in parts:
-                missing = longest - part.get_seq_length()
-                if missing:
-                    keys = part.keys  # type: ignore[union-attr]
-                    values = part.values  # type: ignore[union-attr]
-                    part.update(
-                        keys.new_zeros(*keys.shape[:2], missing, keys.shape[3]),
-                        values.new_zeros(*values.shape[:2], missing, values.shape[3]),
-                    )
-            layer.update(torch.cat([p.keys for p in parts]), torch.cat([p.values for p in parts]))  # type: ignore[union-attr]
+                keys, values = part.used
+                missing = longest - part.length
+                part.update(
+                    keys.new_zeros(*keys.shape[:2], missing, keys.shape[3]),
+                    values.new_zeros(*values.shape[:2], missing, values.shape[3]),
+                )
+            layer.update(torch.cat([part.used[0] for part in parts]), torch.cat([part.used[1] for part in parts]))
         return whole
 
     def write_back(self, cache: Cache) -> None:
         """Store our columns in the user's dynamic cache, as plain `generate` would have left it."""
-        for ours, theirs in zip(self.layers, cache.layers, strict=False):
-            if not ours.is_initialized:
-                continue
-            keys, values = ours.keys.clone(), ours.values.clone()  # type: ignore[union-attr]
-            theirs.reset()
-            theirs.update(keys, values)
+        cache.reset()
+        for index, layer in enumerate(self.buffers):
+            if layer.is_initialized:
+                keys, values = layer.used
+                cache.update(keys.clone(), values.clone(), index)

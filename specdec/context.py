@@ -131,10 +131,7 @@ class Context:
         if self.position_limit is not None:
             self.position_limit = [self.position_limit[row] for row in rows]
         self.cache.batch_select_indices(torch.tensor(rows))
-        base = self.base
-        for layer in self.cache.layers:
-            if layer.is_initialized:
-                layer._use(base)  # type: ignore[union-attr]
+        self.cache.cut(self.base)
         self._drop_tree()
 
     def _drop_tree(self) -> None:
@@ -154,11 +151,11 @@ class Context:
         """The mask in the form the target's layers eat; None when a plain decode step needs none."""
         if self.target.form == "chain":
             return self._padding_mask()
-        kinds = self.target.kinds
-        if kinds == ("full_attention",) and sees.shape[1:] == (1, 1) and self._is_rectangular:
+        single_step = sees.shape[1] == sees.shape[2] == 1
+        if single_step and self.target.has_one_kind("full_attention") and self._is_rectangular:
             return None
-        masks: dict[str, Tensor | None] = {kind: self._additive(kind, depths, sees) for kind in kinds}
-        return masks if len(kinds) > 1 else masks[kinds[0]]
+        masks: dict[str, Tensor | None] = {k: self._additive(k, depths, sees) for k in self.target.kinds}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
     @property
     def _is_rectangular(self) -> bool:

@@ -13,6 +13,9 @@ Dimensions: B sequences, G rows of one group, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -121,22 +124,19 @@ class Emitter:
     def process(self, rows: list[int], logits: Tensor) -> Tensor:
         """Scores [G, V] in float32 from raw logits [G, V], given each row's ids so far; rows of equal length."""
         scores = logits.to(copy=True, dtype=_wide(logits.dtype), device=self._ids.device)
-        return self.processors(self._history(rows), scores)
+        return apply(self.processors, self._history(rows), scores)
 
     def process_node(self, row: int, path_tokens: list[int], logits: Tensor) -> Tensor:
         """Scores [V] at a tree node, whose history is the row's ids and the node's own path. Emits nothing."""
         ids = self.ids(row)[None]
         if path_tokens:
             ids = torch.cat([ids, ids.new_tensor([path_tokens])], 1)
-        return self.processors(ids, logits[None].to(copy=True, dtype=_wide(logits.dtype), device=ids.device))[0]
+        return apply(self.processors, ids, logits[None].to(copy=True, dtype=_wide(logits.dtype), device=ids.device))[0]
 
     def choose(self, rows: list[int], logits: Tensor) -> list[int]:
         """Process, choose and emit one token for each of `rows` from logits [G, V]."""
         scores = self.process(rows, logits)
-        if self.params.do_sample:
-            tokens = self.chooser.draw(scores.softmax(-1))
-        else:
-            tokens = scores.argmax(-1)
+        tokens = self.chooser.draw(scores.softmax(-1)) if self.params.do_sample else scores.argmax(-1)
         chosen = tokens.tolist()
         for index, row in enumerate(rows):
             if self.finished[row]:
@@ -167,7 +167,8 @@ class Emitter:
             if at_limit or token in self.eos_tokens:
                 self.finished[row] = True
         if self._other_criteria:
-            stops = self._other_criteria(self._history(rows), self._scores_so_far(rows))
+            criteria = cast(Callable[..., Tensor], self._other_criteria)
+            stops = criteria(self._history(rows), self._scores_so_far(rows))
             for row, stop in zip(rows, stops.tolist(), strict=True):
                 self.finished[row] |= stop
 
@@ -191,6 +192,11 @@ class Emitter:
             if length < longest:
                 rows[row, length:] = 0 if self.pad_token is None else self.pad_token
         return rows
+
+
+def apply(processors: LogitsProcessorList, ids: Tensor, logits: Tensor) -> Tensor:
+    """Processed scores [G, V]; transformers annotates ids as a legacy tensor type, hence the cast."""
+    return cast(Callable[..., Tensor], processors)(ids, logits)
 
 
 def _is_row_wise_criterion(criterion: sc.StoppingCriteria) -> bool:

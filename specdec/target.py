@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,7 @@ class Target:
         refuse_unsupported(model)
         self.model = model
         self.config = model.config.get_text_config(decoder=True)
-        self.attention: str = self.config._attn_implementation
+        self.attention = str(self.config._attn_implementation)
         self.vocab_size = int(self.config.vocab_size)
         self.form: Form = "tree"  # specdec.probe may lower it to "chain"
         self.kinds = layer_kinds(self.config)
@@ -87,6 +87,10 @@ class Target:
         self._bottoms: dict[int, nn.ModuleList] = {}
         self._tops: dict[int, nn.ModuleList] = {}
         self._tuple_length: int | None = None
+
+    def has_one_kind(self, kind: str) -> bool:
+        """All layers are of this kind, so that one mask serves them."""
+        return self.kinds == (kind,)
 
     @property
     def num_layers(self) -> int:
@@ -204,20 +208,20 @@ class Target:
         """
         if any(0 <= tap < first_layer for tap in taps):
             raise ValueError(f"taps {taps} lie below layer {first_layer}, where this forward begins")
-        given = self._top(first_layer)
+        given = cast(list[_Given], list(self._top(first_layer))[:first_layer])
         output = hidden if self._tuple_length is None else (hidden, *[None] * (self._tuple_length - 1))
-        for index in range(first_layer):
-            given[index].output = output
+        for stand_in in given:
+            stand_in.output = output
         collected: dict[int, Tensor] = {}
         hooks = [self._collect(tap, first_layer, collected) for tap in taps]
         try:
-            with self._swapped(given):
+            with self._swapped(self._top(first_layer)):
                 result = self.forward(input_ids, positions, mask, cache)
         finally:
             for hook in hooks:
                 hook.remove()
-            for index in range(first_layer):
-                given[index].output = None
+            for stand_in in given:
+                stand_in.output = None
         result.taps = collected
         return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class Verifier:
         kwargs["past_key_values"] = self.context.cache
         if self.taps:
             kwargs["output_hidden_states"] = list(self.taps)
-        inputs = self.target.model.prepare_inputs_for_generation(
+        inputs = cast(Any, self.target.model).prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=_uncached_length(input_ids, past_length, generation_config, kwargs),
             is_first_iteration=True,

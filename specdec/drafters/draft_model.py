@@ -48,7 +48,7 @@ class DraftModelDrafter:
         if children not in ("chosen", "drawn"):
             raise UnknownDrafter(f'children is "chosen" or "drawn", got {children!r}')
         self.model = target
-        self.children = cast(Children, children)
+        self.children: Children = cast(Children, children)
         self.shape = shape or best_shape(depth if budget is None else budget, depth)
         if target.form == "chain" and not self.shape.topology.is_chain:
             raise UnknownDrafter("this draft model can only draft chains; leave out budget")
@@ -148,6 +148,6 @@ def check_vocabulary(draft: PreTrainedModel, target: PreTrainedModel) -> None:
     theirs = int(target.config.get_text_config(decoder=True).vocab_size)
     if ours != theirs:
         raise DrafterMismatch(
-            f"the draft model has a vocabulary of {ours} tokens, the target one of {theirs}. Drafter and target must share "
-            "one tokenizer; choose a draft model of the same family."
+            f"the draft model has a vocabulary of {ours} tokens, the target one of {theirs}. "
+            "Drafter and target must share one tokenizer; choose a draft model of the same family."
         )

@@ -49,7 +49,7 @@ class EarlyExitDrafter:
         if children not in ("chosen", "drawn"):
             raise UnknownDrafter(f'children is "chosen" or "drawn", got {children!r}')
         self.target, self.layer = target, layer
-        self.children = cast(Children, children)
+        self.children: Children = cast(Children, children)
         self.shape = best_shape(depth if budget is None else budget, depth)
         if target.form != "tree":
             raise UnsupportedModel("early-exit needs a target that takes tree masks; this one decodes chains only")
@@ -118,6 +118,6 @@ def check_resume(target: Target, layer: int) -> None:
     difference = (expected - got).abs().max().item()
     if not difference <= tolerance(target.dtype, 0.0, expected.std().item()):
         raise UnsupportedModel(
-            f"{type(target.model).__name__} does not continue exactly from layer {layer} (difference {difference:.2g}); "
-            "use another drafter than early-exit"
+            f"{type(target.model).__name__} does not continue exactly from layer {layer} "
+            f"(difference {difference:.2g}); use another drafter than early-exit"
         )

@@ -6,6 +6,8 @@ the target finds likely after its token; a table of the last such top-k per toke
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ class RecyclingDrafter:
     def _learn_bigrams(self, rows: list[list[int]]) -> None:
         """Move each prompt token's follower to the front of its entries."""
         for row in rows:
-            for token, follower in zip(row, row[1:], strict=False):
+            for token, follower in pairwise(row):
                 entries = [e for e in self._table[token].tolist() if e != follower]
                 self._table[token] = torch.tensor([follower, *entries][: self.successors])
 
