@@ -15,7 +15,15 @@ LINKS = {ROOT / "specdec" / "heads", ROOT / "specdec" / "train"}
 OURS = {*FOLDERS, "scripts", "tests", ""}  # "" is what a relative import begins with
 
 TREES = {"specdec.tree", "specdec.sampling", "specdec.errors"}
-MODELS = {"specdec.probe", "specdec.context", "specdec.cache", "specdec.target", "specdec.version", *TREES}
+MODELS = {
+    "specdec.optimize",
+    "specdec.probe",
+    "specdec.context",
+    "specdec.cache",
+    "specdec.target",
+    "specdec.version",
+    *TREES,
+}
 DRAFTING = {"specdec.drafter", "specdec.grow", *MODELS}
 STEPS = {"specdec.drafter", "specdec.emitter", "specdec.acceptance", "specdec.verifier", "specdec.stats", *MODELS}
 LIBRARY = {"specdec.api", "specdec.decode", "specdec.drafters", "specdec.heads", "specdec.demo", *STEPS, *DRAFTING}
@@ -25,7 +33,15 @@ LIBRARY = {"specdec.api", "specdec.decode", "specdec.drafters", "specdec.heads",
 MAY_IMPORT: dict[str, set[str]] = {
     "specdec.__main__": {"specdec.cli"},
     "specdec.cli": {"specdec", *LIBRARY},
-    "specdec": {"specdec.api", "specdec.drafters.load", "specdec.drafter", "specdec.stats", "specdec.version", *TREES},
+    "specdec": {
+        "specdec.api",
+        "specdec.optimize",
+        "specdec.drafters.load",
+        "specdec.drafter",
+        "specdec.stats",
+        "specdec.version",
+        *TREES,
+    },
     "specdec.train": LIBRARY,
     "specdec.api": {"specdec.decode", "specdec.drafters.load", *STEPS},
     "specdec.decode": STEPS,
@@ -41,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specdec.context": {"specdec.cache", "specdec.target"},
     "specdec.target": {"specdec.errors"},
     "specdec.sampling": {"specdec.errors"},
+    "specdec.optimize": set(),
     "specdec.cache": set(),
     "specdec.tree": set(),
     "specdec.stats": set(),
