@@ -8,6 +8,7 @@ from specdec.api import SpeculativeOutput, attach, detach, generate, target_of
 from specdec.drafter import Committed, Drafter
 from specdec.drafters.load import load_drafter
 from specdec.errors import DrafterMismatch, SpecdecError, UnknownDrafter, UnsupportedGeneration, UnsupportedModel
+from specdec.optimize import deoptimize, optimize
 from specdec.stats import DecodeStats
 from specdec.tree import TokenTree
 from specdec.version import __version__
@@ -25,8 +26,10 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "attach",
+    "deoptimize",
     "detach",
     "generate",
     "load_drafter",
+    "optimize",
     "target_of",
 ]
