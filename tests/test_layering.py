@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specdec.drafters": {"specdec.heads", *DRAFTING},
     "specdec.heads": DRAFTING,
     "specdec.acceptance": {"specdec.emitter", *TREES},
-    "specdec.emitter": {"specdec.sampling"},
+    "specdec.emitter": {"specdec.sampling", "specdec.errors"},
     "specdec.verifier": MODELS,
     "specdec.drafter": {"specdec.context", *TREES},
     "specdec.grow": TREES,
