@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from specdec.emitter import Emitter, apply
+from specdec.errors import UnsupportedGeneration
 from specdec.sampling import Chooser
 from specdec.tree import TokenTree
 
@@ -67,7 +68,7 @@ class TreeLaw:
         self._scores: dict[tuple[int, int], Tensor] = {}
         if emitter.processes_nodes_at_once:
             flat = logits.flatten(0, 1)
-            wide = flat.to(copy=True, dtype=torch.float64 if flat.dtype == torch.float64 else torch.float32)
+            wide = flat.to(copy=True, dtype=emitter.scores_dtype(flat.dtype))
             scores = apply(emitter.processors, tree.tokens.reshape(-1, 1), wide).view(*logits.shape)
             self._scores = {(i, n): scores[i, n] for i in range(len(rows)) for n in range(tree.num_nodes)}
 
@@ -94,20 +95,26 @@ def accept(tree: TokenTree, logits: Tensor, emitter: Emitter, rows: list[int], r
         rule: "auto", or the name of a rule that is lossless for this tree.
 
     Raises:
-        ValueError: the named rule would not be lossless for these children.
+        UnsupportedGeneration: the named rule is not one, or would not be lossless for these children.
     """
     chosen = tree.log_q is None
+    needs_walk = emitter.in_step or emitter.one_call_per_token
     if rule == "auto":
         drawn_rule = "block" if tree.is_chain else "traversal"
-        rule = "walk" if chosen or not emitter.params.do_sample or emitter.in_step else drawn_rule
-    if rule == "walk":
+        rule = "walk" if chosen or not emitter.params.do_sample or needs_walk else drawn_rule
+    if rule == "walk" or tree.depth == 0:  # without a proposal all rules draw from p
         return walk_in_step(tree, logits, emitter, rows) if emitter.in_step else walk(tree, logits, emitter, rows)
+    if rule not in DRAWN_RULES:
+        known = ", ".join(("auto", "walk", *DRAWN_RULES))
+        raise UnsupportedGeneration(f"there is no acceptance rule {rule!r}; the lossless ones are {known}.")
     if chosen:
-        raise ValueError(f"rule {rule!r} needs children drawn from a known law; these were chosen. Use rule='walk'.")
-    if emitter.in_step:
-        raise ValueError(f"rule {rule!r} cannot serve processors or criteria with state; use rule='walk'.")
+        raise UnsupportedGeneration(
+            f"rule {rule!r} needs children drawn from a known law; these were chosen. Use rule='walk'."
+        )
+    if needs_walk:
+        raise UnsupportedGeneration(f"rule {rule!r} cannot serve processors or criteria with state; use rule='walk'.")
     if rule == "block" and not tree.is_chain:
-        raise ValueError("block verification is for chains; use rule='traversal' for trees.")
+        raise UnsupportedGeneration("block verification is for chains; use rule='traversal' for trees.")
     law = TreeLaw(tree, logits, emitter, rows)
     decided = DRAWN_RULES[rule](tree, law, emitter.chooser)
     return _emit_decided(decided, tree, law, emitter)

@@ -6,7 +6,9 @@ nodes that are really reached and once for each emitted token, so that processor
 see the same calls in the same order as without speculation, and a seed gives the same tokens.
 
 Rows that must be processed together (see `sampling.is_row_wise`) advance *in step*: one call for the whole
-batch per token, and the slowest row's path limits all. Otherwise every row goes its own way.
+batch per token, and the slowest row's path limits all. Otherwise every row goes its own way. Rows also advance
+in step where they end together: without an end-of-text criterion plain `generate` pads no row, but goes on with
+all of them until the last one has met a criterion.
 
 Dimensions: B sequences, G rows of one group, V vocabulary.
 """
@@ -21,11 +23,10 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import stopping_criteria as sc
 
-from specdec.sampling import Chooser, SamplingParams, ignores_history, is_row_wise
+from specdec.errors import SpecdecError
+from specdec.sampling import Chooser, SamplingParams, for_row, ignores_history, is_row_wise
 
-_ROW_WISE_CRITERIA = (
-    sc.MaxLengthCriteria, sc.MaxTimeCriteria, sc.EosTokenCriteria, sc.StopStringCriteria,
-)  # fmt: skip
+_ROW_WISE_CRITERIA = (sc.MaxLengthCriteria, sc.EosTokenCriteria, sc.StopStringCriteria)
 
 UNLIMITED = 1 << 30
 """Room when no criterion limits the length."""
@@ -43,6 +44,12 @@ class Emitter:
         keep_scores: record processed scores of every emitted token.
         keep_logits: record raw logits of every emitted token.
         in_step: force all rows to advance together, also when nothing requires it.
+        chooser: source of the choices; by default one that draws from `params.generator`.
+        dtype: of scores. Plain `generate` has float32 whatever the model's dtype; None keeps float64, which
+            exact tests use.
+
+    Raises:
+        SpecdecError: rows may end early and there is no pad token to fill them with.
     """
 
     def __init__(
@@ -57,23 +64,38 @@ class Emitter:
         keep_logits: bool = False,
         in_step: bool = False,
         chooser: Chooser | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.params = params
         self.chooser = chooser or Chooser(params.generator)
         self.processors = processors
         self.pad_token = pad_token
+        self._dtype = dtype
         self.prompt_length = input_ids.shape[1]
         self.batch_size = input_ids.shape[0]
         self.lengths = [self.prompt_length] * self.batch_size
         self.finished = [False] * self.batch_size
+        self._stopped = [False] * self.batch_size
+        self._ends_row_by_row = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        if self._ends_row_by_row and pad_token is None:
+            raise SpecdecError("an end-of-text criterion needs pad_token_id, to fill the rows that end first.")
+        self.one_call_per_token = not all(map(is_row_wise, processors))
         self.in_step = self.batch_size > 1 and (
-            in_step or not all(map(is_row_wise, processors)) or not all(map(_is_row_wise_criterion, criteria))
+            in_step or self.one_call_per_token or not all(map(self._is_row_wise_criterion, criteria))
         )
+        self._processors_of = [for_row(processors, row) for row in range(self.batch_size)]
         self.scores: list[list[Tensor]] | None = [[] for _ in self.lengths] if keep_scores else None
         self.logits: list[list[Tensor]] | None = [[] for _ in self.lengths] if keep_logits else None
-        self._ids = input_ids.new_zeros(self.batch_size, max(64, 2 * self.prompt_length))
+        columns = max(64, 2 * self.prompt_length)
+        self._ids = torch.zeros(self.batch_size, columns, dtype=torch.long, device=input_ids.device)
         self._ids[:, : self.prompt_length] = input_ids
         self._read_criteria(criteria)
+
+    def _is_row_wise_criterion(self, criterion: sc.StoppingCriteria) -> bool:
+        if type(criterion) is sc.MaxLengthCriteria:  # met by all rows at one length
+            return True
+        known = type(criterion) in _ROW_WISE_CRITERIA or bool(getattr(criterion, "row_wise", False))
+        return known and self._ends_row_by_row
 
     def _read_criteria(self, criteria: StoppingCriteriaList) -> None:
         """Length and end-of-text limits become integers on the host; the rest is called as it is."""
@@ -88,6 +110,10 @@ class Emitter:
     def takes_argmax(self) -> bool:
         """The choice is the argmax of raw logits: greedy without processors."""
         return not self.params.do_sample and not self.processors
+
+    def scores_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of scores from logits of this dtype."""
+        return self._dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
 
     @property
     def processes_nodes_at_once(self) -> bool:
@@ -123,15 +149,17 @@ class Emitter:
 
     def process(self, rows: list[int], logits: Tensor) -> Tensor:
         """Scores [G, V] in float32 from raw logits [G, V], given each row's ids so far; rows of equal length."""
-        scores = logits.to(copy=True, dtype=_wide(logits.dtype), device=self._ids.device)
-        return apply(self.processors, self._history(rows), scores)
+        scores = logits.to(copy=True, dtype=self.scores_dtype(logits.dtype), device=self._ids.device)
+        processors = self.processors if len(rows) == self.batch_size else self._processors_of[rows[0]]
+        return apply(processors, self._history(rows), scores)
 
     def process_node(self, row: int, path_tokens: list[int], logits: Tensor) -> Tensor:
         """Scores [V] at a tree node, whose history is the row's ids and the node's own path. Emits nothing."""
         ids = self.ids(row)[None]
         if path_tokens:
             ids = torch.cat([ids, ids.new_tensor([path_tokens])], 1)
-        return apply(self.processors, ids, logits[None].to(copy=True, dtype=_wide(logits.dtype), device=ids.device))[0]
+        scores = logits[None].to(copy=True, dtype=self.scores_dtype(logits.dtype), device=ids.device)
+        return apply(self._processors_of[row], ids, scores)[0]
 
     def choose(self, rows: list[int], logits: Tensor) -> list[int]:
         """Process, choose and emit one token for each of `rows` from logits [G, V]."""
@@ -155,22 +183,26 @@ class Emitter:
             self._ids[row, self.lengths[row]] = token
             self.lengths[row] += 1
             if self.logits is not None:
-                self.logits[row].append(logits[index].to(copy=True, dtype=_wide(logits.dtype)))
+                self.logits[row].append(logits[index].to(copy=True, dtype=self.scores_dtype(logits.dtype)))
             if self.scores is not None:
                 score = logits if scores is None else scores
-                self.scores[row].append(score[index].to(copy=True, dtype=_wide(logits.dtype)))
+                self.scores[row].append(score[index].to(copy=True, dtype=self.scores_dtype(logits.dtype)))
         self._stop(rows, tokens)
 
     def _stop(self, rows: list[int], tokens: list[int]) -> None:
         for row, token in zip(rows, tokens, strict=True):
             at_limit = self.max_length is not None and self.lengths[row] >= self.max_length
             if at_limit or token in self.eos_tokens:
-                self.finished[row] = True
+                self._stopped[row] = True
         if self._other_criteria:
             criteria = cast(Callable[..., Tensor], self._other_criteria)
             stops = criteria(self._history(rows), self._scores_so_far(rows))
             for row, stop in zip(rows, stops.tolist(), strict=True):
-                self.finished[row] |= stop
+                self._stopped[row] |= stop
+        if not self.in_step or self._ends_row_by_row:
+            self.finished = list(self._stopped)
+        elif all(self._stopped):
+            self.finished = [True] * self.batch_size
 
     def _scores_so_far(self, rows: list[int]) -> tuple[Tensor, ...] | None:
         """What plain `generate` hands to criteria: the scores of all steps, when they are kept."""
@@ -197,12 +229,3 @@ class Emitter:
 def apply(processors: LogitsProcessorList, ids: Tensor, logits: Tensor) -> Tensor:
     """Processed scores [G, V]; transformers annotates ids as a legacy tensor type, hence the cast."""
     return cast(Callable[..., Tensor], processors)(ids, logits)
-
-
-def _is_row_wise_criterion(criterion: sc.StoppingCriteria) -> bool:
-    return type(criterion) in _ROW_WISE_CRITERIA or bool(getattr(criterion, "row_wise", False))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """float32 for everything but float64, which exact tests use."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

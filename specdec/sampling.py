@@ -138,6 +138,19 @@ def is_row_wise(processor: lp.LogitsProcessor) -> bool:
     return type(processor) in _ROW_WISE or bool(getattr(processor, "row_wise", False))
 
 
+def for_row(processors: lp.LogitsProcessorList, row: int) -> lp.LogitsProcessorList:
+    """The same processors for one row of the batch alone: settings that are kept per row are cut to that row."""
+    return lp.LogitsProcessorList(_for_row(processor, row) for processor in processors)
+
+
+def _for_row(processor: lp.LogitsProcessor, row: int) -> lp.LogitsProcessor:
+    if type(processor) is lp.RepetitionPenaltyLogitsProcessor:
+        ignored = processor.prompt_ignore_length  # left padding of each row, which the penalty skips
+        if isinstance(ignored, Tensor) and ignored.shape[0] > 1:
+            return lp.RepetitionPenaltyLogitsProcessor(processor.penalty, ignored[row : row + 1])
+    return processor
+
+
 def ignores_history(processor: lp.LogitsProcessor) -> bool:
     """True when the result does not depend on the ids, so that all nodes of a tree can be processed at once."""
     return type(processor) in _IGNORES_HISTORY
