@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from specdec.acceptance import Acceptance, Rule, accept
 from specdec.drafter import Committed, Drafter
-from specdec.emitter import Emitter
+from specdec.emitter import UNLIMITED, Emitter
 from specdec.stats import DecodeStats, StepRecord
 from specdec.tree import TokenTree
 from specdec.verifier import Verifier
@@ -88,13 +88,16 @@ def _prefill(
     with stats.timing("prefill"):
         output = verifier.prefill(input_ids, generation_config, model_kwargs)
     stats.target_calls += 1
-    starts = verifier.context.starts
+    starts, length = verifier.context.starts, verifier.context.base
     verifier.context.position_limit = None
     if emitter.max_length is not None:
-        verifier.context.position_limit = [max(emitter.max_length - 2 - start, 0) for start in starts]
+        new_tokens = emitter.max_length - input_ids.shape[1]
+        verifier.context.position_limit = [length - start + max(new_tokens - 2, 0) for start in starts]
     if drafter is not None:
         drafter.reset(len(starts), verifier.context)
-        prompt = [row[start:] for row, start in zip(input_ids.tolist(), starts, strict=True)]
+        unseen = length - input_ids.shape[1]  # columns of a cache that came with the prompt's last tokens only
+        padding = [max(start - unseen, 0) for start in starts]
+        prompt = [row[count:] for row, count in zip(input_ids.tolist(), padding, strict=True)]
         drafter.observe(Committed(prompt, taps=output.taps))
     root_only = TokenTree.of_roots(input_ids[:, -1])
     first = accept(root_only, output.logits.to(input_ids.device), emitter, list(range(len(starts))))
@@ -114,7 +117,7 @@ def _drop_finished(verifier: Verifier, drafter: Drafter | None, emitter: Emitter
 
 def _propose(verifier: Verifier, drafter: Drafter | None, emitter: Emitter, root: Tensor) -> TokenTree:
     """The drafter's tree, cut to what can be emitted and verified."""
-    room = emitter.room()
+    room = min(emitter.room(), _positions_left(verifier))
     if drafter is None or room == 0:
         return TokenTree.of_roots(root)
     tree = drafter.propose(root, emitter.params, emitter.chooser, room)
@@ -124,6 +127,19 @@ def _propose(verifier: Verifier, drafter: Drafter | None, emitter: Emitter, root
     if verifier.target.form == "chain":
         tree = tree.first_path()
     return tree
+
+
+def _positions_left(verifier: Verifier) -> int:
+    """Depth at which the first row would leave the positions the target was made for.
+
+    Past that point models differ: rotary ones go on, learned tables end in an error. Plain `generate` gets there
+    only by emitting a token there, so a tree stays inside; a row that is already outside does not count.
+    """
+    last, context = verifier.target.max_positions, verifier.context
+    if last is None:
+        return UNLIMITED
+    positions = [length - start for length, start in zip(context.lengths, context.starts, strict=True)]
+    return min((last - 1 - position for position in positions if position < last), default=UNLIMITED)
 
 
 def _committed(tree: TokenTree, acceptance: Acceptance, logits: Tensor, taps: dict[int, Tensor]) -> Committed:

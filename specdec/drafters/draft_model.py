@@ -91,7 +91,10 @@ class DraftModelDrafter:
         return columns
 
     def propose(self, root: Tensor, params: SamplingParams, chooser: Chooser, room: int) -> TokenTree:
-        """Digest what was observed, then grow the shape level by level."""
+        """Digest what was observed, then grow the shape level by level, inside the draft model's own positions."""
+        room = min(room, self._positions_left())
+        if room < 1:
+            return TokenTree.of_roots(root)
         shape = self.shape.up_to(room, self.model.vocab_size)
         first = self._digest(root.tolist())
         self._columns = {}
@@ -103,6 +106,15 @@ class DraftModelDrafter:
 
         self._tree = grow_levels(shape, root, self.children, params, chooser, expand)
         return self._tree
+
+    def _positions_left(self) -> int:
+        """Levels that this model can draft before a row leaves the positions it was made for."""
+        if self.model.max_positions is None:
+            return self.shape.depth
+        context = self._context
+        spans = zip(context.lengths, context.starts, strict=True) if context.lengths else [(0, 0)] * len(self._pending)
+        texts = [n - start + len(pending) for (n, start), pending in zip(spans, self._pending, strict=True)]
+        return self.model.max_positions - max(texts)  # the root takes a position, the last level takes none
 
     def _digest(self, roots: list[int]) -> Tensor:
         """Run and commit pending tokens and root; returns logits [B, 1, V] after the root."""
@@ -138,11 +150,8 @@ class DraftModelDrafter:
 def check_vocabulary(draft: PreTrainedModel, target: PreTrainedModel) -> None:
     """Refuse a draft model whose token ids mean something else than the target's.
 
-    Logit widths may differ by padding rows beyond the tokenizer's ids, as in the Qwen families; then both
-    heads are cut to the smaller one, and ids beyond it are never proposed.
-
     Raises:
-        DrafterMismatch: the widths differ by more than padding.
+        DrafterMismatch: the sizes differ.
     """
     ours = int(draft.config.get_text_config(decoder=True).vocab_size)
     theirs = int(target.config.get_text_config(decoder=True).vocab_size)
