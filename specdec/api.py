@@ -6,12 +6,10 @@ are built by transformers. What that route drops (streamer, tokenizer, stop stri
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -27,7 +25,7 @@ from specdec.drafter import Drafter
 from specdec.drafters.load import load_drafter
 from specdec.emitter import Emitter
 from specdec.errors import SpecdecError, UnsupportedGeneration
-from specdec.probe import probed
+from specdec.probe import target_of
 from specdec.sampling import SamplingParams
 from specdec.stats import DecodeStats
 from specdec.target import Target
@@ -42,22 +40,6 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """transformers' output for decoder-only models, plus `stats`."""
 
     stats: DecodeStats | None = None
-
-
-_targets: WeakKeyDictionary[PreTrainedModel, Target] = WeakKeyDictionary()
-
-
-def target_of(model: PreTrainedModel) -> Target:
-    """The probed adapter of a model; the same one on every call while layers and attention stay as they are.
-
-    Raises:
-        UnsupportedModel: the model cannot be verified.
-    """
-    target = _targets.get(model)
-    if target is None or target.attention != model.config.get_text_config(decoder=True)._attn_implementation:
-        target = probed(Target(model))
-        _targets[model] = target
-    return target
 
 
 def generate(
@@ -92,25 +74,31 @@ def generate(
     """
     target = target_of(model)
     run = _Generation(target, load_drafter(drafter, model), rule, generator)
-    arguments = run.bind(kwargs)
-    with _without_stop_strings(model):
-        # An attached model carries its own `generate`; the class's is transformers' original.
-        return cast(Any, type(model)).generate(model, inputs, custom_generate=run, **arguments)
+    arguments = run.bind(inputs, kwargs)
+    try:
+        return _plain_generate(model)(model, inputs, custom_generate=run, **arguments)
+    except (IndexError, RuntimeError) as error:
+        if run.left_positions():
+            raise UnsupportedGeneration(
+                f"the text outgrew the {target.max_positions} positions that {type(model).__name__} was made for, and "
+                f"the model failed there ({type(error).__name__}); shorten the prompt or max_new_tokens."
+            ) from error
+        raise
 
 
 def attach(model: PreTrainedModel, drafter: Drafter | PreTrainedModel | str) -> PreTrainedModel:
     """Make `model.generate(...)` speculative, and with it pipelines and anything else that calls it.
 
     The drafter is loaded and checked now. Keyword arguments `drafter=`, `rule=` and `generator=` still override per
-    call. Returns the model. Attaching again replaces the drafter; `detach` restores.
+    call. Returns the model. Attaching again replaces the drafter; `detach` restores. A deep copy of the model, and
+    a pickle, are attached to a copy of the drafter; `save_pretrained` writes the model alone.
+
+    Raises:
+        SpecdecError: the model or the drafter does not serve; the model is left as it was.
     """
     target_of(model)
     attached = load_drafter(drafter, model)
-
-    def speculative_generate(inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        return generate(model, inputs, **{"drafter": attached, **kwargs})
-
-    model.generate = speculative_generate  # type: ignore[method-assign]
+    model.generate = _SpeculativeGenerate(model, attached)  # type: ignore[method-assign]
     return model
 
 
@@ -120,6 +108,30 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+class _SpeculativeGenerate:
+    """What `attach` puts in the place of `model.generate`.
+
+    An object and no closure, so that copies of the model come with one that calls the copy.
+    """
+
+    def __init__(self, model: PreTrainedModel, drafter: Drafter | None) -> None:
+        self.model, self.drafter = model, drafter
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of this model; arguments as in transformers, by position or by name."""
+        by_name = inspect.signature(_plain_generate(self.model)).bind_partial(self.model, *args).arguments
+        by_name.pop("self")
+        twice = [name for name in by_name if name in kwargs]
+        if twice:
+            raise TypeError(f"generate() got multiple values for argument {twice[0]!r}")
+        return generate(self.model, **{"drafter": self.drafter, **by_name, **kwargs})
+
+
+def _plain_generate(model: PreTrainedModel) -> Callable[..., Any]:
+    """transformers' own `generate`: that of the class, since an attached model carries another one."""
+    return cast(Any, type(model)).generate
+
+
 class _Generation:
     """One call: what transformers' preparation hands over, plus what it drops."""
 
@@ -127,14 +139,26 @@ class _Generation:
         self.target, self.drafter, self.generator = target, drafter, generator
         self.rule: Rule = rule
         self.streamer: Any = None
+        self._verifier: Verifier | None = None
+        self._prompt_length = 0
 
-    def bind(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def bind(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Take out of generate's arguments what `custom_generate` would lose; returns the rest."""
         arguments = dict(kwargs)
         _refuse_arguments(arguments)
+        _refuse_empty_prompt(arguments.get("input_ids") if inputs is None else inputs)
         self.streamer = arguments.pop("streamer", None)
         _bind_stop_strings(self.target.model, arguments)
         return arguments
+
+    def left_positions(self) -> bool:
+        """True when the text went beyond the positions that the target's config states."""
+        last = self.target.max_positions
+        if last is None or self._verifier is None:
+            return False
+        context = self._verifier.context
+        rows = zip(context.lengths, context.starts, strict=True)
+        return max(self._prompt_length, *(length - start + 1 for length, start in rows), 0) > last
 
     def __call__(
         self,
@@ -145,7 +169,8 @@ class _Generation:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor | SpeculativeOutput:
-        _refuse_config(generation_config, model_kwargs)
+        _refuse_config(generation_config)
+        _refuse_model_arguments(input_ids, generation_config, model_kwargs)
         user_cache: Cache | None = model_kwargs.get("past_key_values")
         wants_dict = bool(generation_config.return_dict_in_generate)
         params = SamplingParams.of(generation_config, self.generator)
@@ -159,6 +184,7 @@ class _Generation:
             keep_scores=bool(wants_dict and generation_config.output_scores),
             keep_logits=bool(wants_dict and generation_config.output_logits),
             in_step=self.target.form == "chain",
+            dtype=torch.float32,  # as plain generate, also for a model in float64
         )
         keeps_cache = wants_dict or getattr(user_cache, "_is_user_defined", False)
         verifier = Verifier(
@@ -167,6 +193,7 @@ class _Generation:
             (emitter.max_length or 0) + SPARE_COLUMNS,
             park=keeps_cache,
         )
+        self._verifier, self._prompt_length = verifier, input_ids.shape[1]
         stats = DecodeStats()
         stream = _Stream(self.streamer, emitter)
         for step in decode(
@@ -217,12 +244,12 @@ class _Stream:
 
 
 def _by_step(rows: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:
-    """Per-row lists as transformers' tuple of [B, V] per step; rows that ended earlier are minus infinity."""
+    """Per-row lists as transformers' tuple of [B, V] per step; zeros where a row had ended earlier."""
     if rows is None:
         return None
     steps = max(map(len, rows))
     return tuple(
-        torch.stack([row[step] if step < len(row) else torch.full_like(row[0], -torch.inf) for row in rows])
+        torch.stack([row[step] if step < len(row) else torch.zeros_like(row[0]) for row in rows])
         for step in range(steps)
     )
 
@@ -241,71 +268,112 @@ _REFUSED_ARGUMENTS = {
     "assistant_tokenizer": "drafters here share the target's vocabulary",
     "custom_generate": "specdec.generate is itself a custom_generate",
     "inputs_embeds": "pass input_ids: drafters read token ids",
+    "synced_gpus": "sharded models that must run in step are not served",
 }
+_PREPARED_ARGUMENTS = {
+    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
+    "output_attentions", "output_hidden_states",
+}  # fmt: skip
+_PLAIN = "use plain model.generate() (after specdec.detach(model) if attached)"
 
 
 def _refuse_arguments(arguments: dict[str, Any]) -> None:
     for name, instead in _REFUSED_ARGUMENTS.items():
-        if arguments.get(name) is not None:
+        value = arguments.get(name)
+        if value is not None and value is not False:
             raise UnsupportedGeneration(f"{name} cannot be combined with specdec; {instead}.")
 
 
-def _refuse_config(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    plain = "use plain model.generate() (after specdec.detach(model) if attached)"
+def _refuse_empty_prompt(prompt: Any) -> None:
+    if isinstance(prompt, Tensor) and prompt.numel() == 0:
+        raise UnsupportedGeneration(
+            f"the prompt is empty (input_ids of shape {tuple(prompt.shape)}); pass at least one token, such as the "
+            "tokenizer's bos_token_id."
+        )
+
+
+def _refuse_config(config: GenerationConfig) -> None:
+    lookup, early_exit = config.prompt_lookup_num_tokens, config.assistant_early_exit
     refusals = [
-        ((config.num_beams or 1) > 1, f"num_beams={config.num_beams}: beam search keeps several hypotheses; {plain}"),
-        (config.penalty_alpha is not None and config.penalty_alpha > 0, f"contrastive search: {plain}"),
-        (getattr(config, "dola_layers", None) is not None, f"DoLa decoding: {plain}"),
+        ((config.num_beams or 1) > 1, f"num_beams={config.num_beams}: beam search keeps several hypotheses; {_PLAIN}"),
+        (config.penalty_alpha is not None and config.penalty_alpha > 0, f"contrastive search: {_PLAIN}"),
+        (getattr(config, "dola_layers", None) is not None, f"DoLa decoding: {_PLAIN}"),
         (config.use_cache is False, "use_cache=False: verification needs the key-value cache; leave use_cache on"),
-        (bool(config.output_attentions), f"output_attentions: {plain}"),
-        (bool(config.output_hidden_states), f"output_hidden_states: {plain}"),
+        (bool(config.output_attentions), f"output_attentions: {_PLAIN}"),
+        (bool(config.output_hidden_states), f"output_hidden_states: {_PLAIN}"),
         (
             config.cache_implementation not in (None, "dynamic", "dynamic_full"),
             f"cache_implementation={config.cache_implementation!r}: specdec brings its own cache; drop the option",
         ),
         (
             config.prefill_chunk_size is not None,
-            f"prefill_chunk_size={config.prefill_chunk_size}: drop the option, or {plain}",
+            f"prefill_chunk_size={config.prefill_chunk_size}: drop the option, or {_PLAIN}",
         ),
-        (
-            not isinstance(model_kwargs.get("past_key_values"), DynamicCache | KVCache | None),
-            f"past_key_values of type {type(model_kwargs.get('past_key_values')).__name__}: pass a DynamicCache",
-        ),
+        (lookup is not None, f'prompt_lookup_num_tokens={lookup}: use drafter="lookup:tokens={lookup}"'),
+        (early_exit is not None, f'assistant_early_exit={early_exit}: use drafter="early-exit:layer={early_exit}"'),
+        (bool(getattr(config, "use_mtp", None)), f"use_mtp: {_PLAIN}"),
+        (bool(config.token_healing), "token_healing: call model.heal_tokens(input_ids, tokenizer) first"),
     ]  # fmt: skip
     for applies, message in refusals:
         if applies:
             raise UnsupportedGeneration(f"specdec cannot honour {message}.")
 
 
-@contextmanager
-def _without_stop_strings(model: PreTrainedModel) -> Iterator[None]:
-    """Hide the model's own stop strings, which are bound already, from the preparation that would refuse them."""
-    saved = model.generation_config.stop_strings
-    model.generation_config.stop_strings = None
-    try:
-        yield
-    finally:
-        model.generation_config.stop_strings = saved
+def _refuse_model_arguments(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    """What a tree forward could not repeat would be silently wrong from the second step on."""
+    given = {name for name, value in model_kwargs.items() if value is not None}
+    extra = sorted(given - _PREPARED_ARGUMENTS)
+    if extra:
+        raise UnsupportedGeneration(f"specdec passes no {', '.join(extra)} on to the model at every step; {_PLAIN}.")
+    past = model_kwargs.get("past_key_values")
+    if not isinstance(past, DynamicCache | KVCache | None):
+        raise UnsupportedGeneration(
+            f"specdec cannot honour past_key_values of type {type(past).__name__}: pass a DynamicCache."
+        )
+    mask: Tensor | None = model_kwargs.get("attention_mask")
+    if mask is not None:
+        live = mask != 0
+        if not bool(live[:, -1].all()) or bool((live[:, :-1] & ~live[:, 1:]).any()):
+            raise UnsupportedGeneration(
+                "attention_mask must be zeros, then ones in every row (left padding); set the tokenizer's "
+                'padding_side="left".'
+            )
+    width = input_ids.shape[1] if mask is None else mask.shape[1]
+    width = getattr(config, "_mask_length", width) if mask is None else width
+    positions: Tensor | None = model_kwargs.get("position_ids")
+    if positions is not None:
+        live = torch.ones(1, width, device=positions.device) if mask is None else mask != 0
+        usual = (live.long().cumsum(-1) - 1).clamp(min=0)[:, -positions.shape[-1] :]
+        if usual.shape[-1] != positions.shape[-1] or not bool((positions == usual).all()):
+            raise UnsupportedGeneration(
+                f"specdec counts positions from the attention mask; drop position_ids, or {_PLAIN}."
+            )
+    cached = past.get_seq_length() if past is not None else 0
+    if cached and cached >= width:
+        raise UnsupportedGeneration(
+            f"past_key_values holds {cached} tokens already, the prompt with its past has {width}; pass at least one "
+            "token that is not in the cache."
+        )
 
 
 def _bind_stop_strings(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
-    """Build the stop-string criterion here: the tokenizer does not survive `custom_generate` preparation."""
+    """Build the stop-string criterion here: the tokenizer does not survive `custom_generate` preparation.
+
+    Precedence as in transformers: argument, then generation_config, then the model's generation config.
+    """
     tokenizer = arguments.pop("tokenizer", None)
     config: GenerationConfig | None = arguments.get("generation_config")
-    sources = [
-        arguments.get("stop_strings"),
-        getattr(config, "stop_strings", None),
-        model.generation_config.stop_strings,
-    ]
-    stop_strings = next((s for s in sources if s is not None), None)
+    if "stop_strings" in arguments:
+        stop_strings = arguments["stop_strings"]
+    else:
+        configs = (config, model.generation_config)
+        stop_strings = next((c.stop_strings for c in configs if c is not None and c.stop_strings is not None), None)
     if stop_strings is None:
         return
     if tokenizer is None:
         raise SpecdecError("stop_strings need the tokenizer: pass tokenizer= as plain generate() asks, too.")
-    arguments.pop("stop_strings", None)
-    if config is not None and config.stop_strings is not None:
-        arguments["generation_config"] = copy.deepcopy(config)
-        arguments["generation_config"].stop_strings = None
+    arguments["stop_strings"] = None  # an argument goes before both configs, which stay untouched
     criteria = StoppingCriteriaList(arguments.get("stopping_criteria") or [])
-    criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
+    if not any(type(criterion) is StopStringCriteria for criterion in criteria):  # the user's own goes first
+        criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
     arguments["stopping_criteria"] = criteria

@@ -17,15 +17,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from specdec.context import Context
 from specdec.errors import UnsupportedModel
-from specdec.target import Target
+from specdec.target import Form, Target
 from specdec.tree import NO_NODE, TokenTree
 from specdec.version import __version__
 
@@ -54,6 +55,25 @@ class Probe:
 
 
 _known: dict[str, Probe] = {}
+_forms: WeakKeyDictionary[PreTrainedModel, tuple[tuple[str, torch.dtype, str], Form]] = WeakKeyDictionary()
+# Of each live model only the answer is kept: an adapter would keep its model alive.
+
+
+def target_of(model: PreTrainedModel) -> Target:
+    """A probed adapter of the model; it is probed once while dtype, device and attention stay as they are.
+
+    Raises:
+        UnsupportedModel: the model cannot be verified.
+    """
+    target = Target(model)
+    circumstances = (target.attention, target.dtype, target.device.type)
+    known = _forms.get(model)
+    if known is not None and known[0] == circumstances:
+        target.form = known[1]
+        return target
+    probed(target)
+    _forms[model] = (circumstances, target.form)
+    return target
 
 
 def probed(target: Target) -> Target:

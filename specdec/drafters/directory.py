@@ -22,7 +22,7 @@ class DrafterJson:
     Attributes:
         kind: "draft-model" (the model lies beside this file) or a drafter word.
         options: option strings as in a drafter specification.
-        target: the fingerprint of the target, see `fingerprint`; empty when it fits any.
+        target: the fingerprint of the target, see `fingerprint`; an absent field fits any.
         format_version: of this file.
     """
 
@@ -35,12 +35,14 @@ class DrafterJson:
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What must agree between a drafter's target and the model it is used with."""
     config = model.config.get_text_config(decoder=True)
-    return {
+    values = {
         "model_type": config.model_type,
         "vocab_size": int(config.vocab_size),
         "hidden_size": int(config.hidden_size),
         "num_layers": int(config.num_hidden_layers),
     }
+    tokenizer = tokenizer_hash(Path(model.name_or_path)) if model.name_or_path else None
+    return values if tokenizer is None else {**values, "tokenizer": tokenizer}
 
 
 def tokenizer_hash(path: Path) -> str | None:
@@ -59,7 +61,7 @@ def read_drafter_json(path: Path) -> DrafterJson:
     """Read and check a directory's drafter.json.
 
     Raises:
-        UnknownDrafter: not JSON, a missing or unknown field, or a newer format.
+        UnknownDrafter: not JSON, a missing, unknown or malformed field, or another format version.
     """
     file = path / "drafter.json"
     try:
@@ -67,14 +69,15 @@ def read_drafter_json(path: Path) -> DrafterJson:
     except (OSError, ValueError) as error:
         raise UnknownDrafter(f"{file} is not readable JSON: {error}") from error
     known = DrafterJson.__dataclass_fields__
+    version = raw.get("format_version", FORMAT_VERSION) if isinstance(raw, dict) else FORMAT_VERSION
+    if version != FORMAT_VERSION:  # first: a newer format may have other fields
+        raise UnknownDrafter(f"{file} has format version {version}; this specdec reads version {FORMAT_VERSION}")
     if not isinstance(raw, dict) or "kind" not in raw or set(raw) - set(known):
         raise UnknownDrafter(f"{file} must be an object with 'kind' and otherwise only {', '.join(known)}")
-    described = DrafterJson(**raw)
-    if described.format_version != FORMAT_VERSION:
-        raise UnknownDrafter(
-            f"{file} has format version {described.format_version}; this specdec reads version {FORMAT_VERSION}"
-        )
-    return described
+    options, target = raw.get("options", {}), raw.get("target", {})
+    if not isinstance(raw["kind"], str) or not isinstance(options, dict) or not isinstance(target, dict):
+        raise UnknownDrafter(f"{file}: 'kind' is a string, 'options' and 'target' are objects")
+    return DrafterJson(raw["kind"], {key: str(value) for key, value in options.items()}, target)
 
 
 def check_fingerprint(described: DrafterJson, path: Path, model: PreTrainedModel) -> None:

@@ -11,13 +11,12 @@ path/to/drafter                   a directory with drafter.json
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec.demo import draft_path
@@ -29,8 +28,7 @@ from specdec.drafters.lookup import LookupDrafter
 from specdec.drafters.recycling import RecyclingDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.errors import DrafterMismatch, UnknownDrafter
-from specdec.probe import probed
-from specdec.target import Target
+from specdec.probe import target_of
 
 WORDS: dict[str, Callable[..., Drafter]] = {
     "lookup": LookupDrafter,
@@ -41,15 +39,13 @@ WORDS: dict[str, Callable[..., Drafter]] = {
 }
 NOT_OPTIONS = {"self", "target", "vocab_size", "shape"}
 
-_draft_targets: WeakKeyDictionary[PreTrainedModel, Target] = WeakKeyDictionary()
-
 
 def load_drafter(spec: Drafter | PreTrainedModel | str | Path | None, model: PreTrainedModel) -> Drafter | None:
     """The drafter that `spec` names, ready for this target.
 
     Args:
-        spec: a word with options, a path with options, a loaded draft model, a Drafter (returned as it is),
-            or None for no speculation.
+        spec: a word with options, a path with options, a loaded draft model, a Drafter (checked and returned as
+            it is), or None for no speculation.
         model: the target.
 
     Raises:
@@ -61,8 +57,10 @@ def load_drafter(spec: Drafter | PreTrainedModel | str | Path | None, model: Pre
     if isinstance(spec, PreTrainedModel):
         return _draft_model(spec, model, {})
     if not isinstance(spec, str | Path):
-        if not isinstance(spec, Drafter):
-            raise UnknownDrafter(f"drafter is a name, a path, a model or a Drafter, got {type(spec).__name__}")
+        if isinstance(spec, type) or not isinstance(spec, Drafter):
+            got = f"the class {spec.__name__}; make an object of it" if isinstance(spec, type) else type(spec).__name__
+            raise UnknownDrafter(f"drafter is a name, a path, a model or a Drafter, got {got}")
+        check_fits(spec, model)
         return spec
     name, options = parse_spec(str(spec))
     if name in WORDS:
@@ -71,28 +69,52 @@ def load_drafter(spec: Drafter | PreTrainedModel | str | Path | None, model: Pre
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
-    """Split `name:key=value,...`; a colon that is followed by no `key=` belongs to the name."""
+    """Split `name:key=value,...`; after a path, a colon that is followed by no `key=` belongs to the name.
+
+    Raises:
+        UnknownDrafter: options that are not of this form, or one given twice.
+    """
     name, colon, tail = spec.rpartition(":")
-    if not colon or "=" not in tail or "/" in tail.split("=")[0]:
+    word, _, rest = spec.partition(":")
+    if word in WORDS and spec != word:
+        name, tail = word, rest
+    elif not colon or "=" not in tail or "/" in tail.split("=")[0]:
         return spec, {}
     options: dict[str, str] = {}
     for part in tail.split(","):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not key or not equals or not value:
             raise UnknownDrafter(f"drafter option {part!r} in {spec!r} is not of the form key=value")
+        key = key.replace("-", "_")
         if key in options:
             raise UnknownDrafter(f"drafter option {key!r} is given twice in {spec!r}")
-        options[key.replace("-", "_")] = value
+        options[key] = value
     return name, options
+
+
+def check_fits(drafter: Drafter, model: PreTrainedModel) -> None:
+    """Refuse a drafter object that was made for another target.
+
+    Raises:
+        DrafterMismatch: it runs another target's layers, or its vocabulary is another one.
+    """
+    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+    if isinstance(drafter, EarlyExitDrafter) and drafter.target.model is not model:
+        raise DrafterMismatch("this early-exit drafter runs the layers of another model; load one for this target")
+    if isinstance(drafter, RecyclingDrafter) and drafter.vocab_size != vocabulary:
+        raise DrafterMismatch(
+            f"this recycling drafter has a vocabulary of {drafter.vocab_size} tokens, the target one of {vocabulary}"
+        )
+    if isinstance(drafter, DraftModelDrafter):
+        check_vocabulary(drafter.model.model, model)
 
 
 def _from_word(name: str, options: dict[str, str], model: PreTrainedModel) -> Drafter:
     values = typed_options(name, WORDS[name], options)
     if name == "demo-draft":
-        return _draft_model(load_model(draft_path(), model.dtype), model, values)
+        return _draft_model(load_model(draft_path(), model), model, values)
     if name == "early-exit":
-        from_cache = Target(model)
-        return EarlyExitDrafter(probed(from_cache), **values)
+        return EarlyExitDrafter(target_of(model), **values)
     if name == "recycling":
         return RecyclingDrafter(int(model.config.get_text_config(decoder=True).vocab_size), **values)
     return WORDS[name](**values)
@@ -100,41 +122,44 @@ def _from_word(name: str, options: dict[str, str], model: PreTrainedModel) -> Dr
 
 def _from_path(path: Path, options: dict[str, str], model: PreTrainedModel) -> Drafter:
     if not path.exists():
+        close = difflib.get_close_matches(str(path).partition(":")[0], WORDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
         words = ", ".join(sorted(WORDS))
-        raise UnknownDrafter(f"no drafter {str(path)!r}: neither a known word ({words}) nor an existing path")
+        raise UnknownDrafter(f"no drafter {str(path)!r}: neither a known word ({words}) nor an existing path{hint}")
     if (path / "drafter.json").is_file():
         described = read_drafter_json(path)
         check_fingerprint(described, path, model)
-        if described.kind != "draft-model":
-            return _from_word(described.kind, {**described.options, **options}, model)
         options = {**described.options, **options}
+        if described.kind in WORDS:
+            return _from_word(described.kind, options, model)
+        if described.kind != "draft-model":
+            words = ", ".join(["draft-model", *sorted(WORDS)])
+            raise UnknownDrafter(f"{path / 'drafter.json'} is of kind {described.kind!r}; known kinds are {words}")
     elif not (path / "config.json").is_file():
         raise UnknownDrafter(f"{path} holds neither drafter.json nor a model's config.json")
     values = typed_options("draft-model", DraftModelDrafter, options)
-    return _draft_model(load_model(path, model.dtype), model, values)
+    return _draft_model(load_model(path, model), model, values)
 
 
 def _draft_model(draft: PreTrainedModel, model: PreTrainedModel, options: dict[str, Any]) -> Drafter:
     check_vocabulary(draft, model)
     if draft is model:
         raise DrafterMismatch("the draft model is the target itself; a drafter must be cheaper than its target")
-    if draft not in _draft_targets:
-        _draft_targets[draft] = probed(Target(draft))
-    return DraftModelDrafter(_draft_targets[draft], **options)
+    return DraftModelDrafter(target_of(draft), **options)
 
 
-def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A local causal language model in evaluation mode; nothing is downloaded.
+def load_model(path: Path, target: PreTrainedModel) -> PreTrainedModel:
+    """A local causal language model in evaluation mode, on the target's device and in its dtype; nothing is downloaded.
 
     Raises:
         UnknownDrafter: the files are not a model that transformers can load.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=target.dtype, local_files_only=True)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnknownDrafter(f"cannot load a model from {path}: {reason}") from error
-    return model.eval()
+    return cast(Any, model.eval()).to(target.device)
 
 
 def typed_options(name: str, make: Callable[..., Any], options: dict[str, str]) -> dict[str, Any]:

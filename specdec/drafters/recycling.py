@@ -39,6 +39,7 @@ class RecyclingDrafter:
     ) -> None:
         if successors < 1:
             raise UnknownDrafter(f"recycling needs successors >= 1, got {successors}")
+        self.vocab_size = vocab_size
         self.successors = min(successors, vocab_size)
         self.shape = best_shape(budget, depth).up_to(depth, self.successors)
         self.remember = remember

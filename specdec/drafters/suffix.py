@@ -45,8 +45,8 @@ class SuffixDrafter:
         for name, value, least in (("budget", budget, 1), ("branches", branches, 1), ("min_match", min_match, 1)):
             if value < least:
                 raise UnknownDrafter(f"suffix needs {name} >= {least}, got {value}")
-        if factor <= 0 or not 0 <= min_share <= 1 or remember < 0:
-            raise UnknownDrafter("suffix needs factor > 0, 0 <= min_share <= 1 and remember >= 0")
+        if not 0 < factor < float("inf") or not 0 <= min_share <= 1 or remember < 0:
+            raise UnknownDrafter("suffix needs a finite factor > 0, 0 <= min_share <= 1 and remember >= 0")
         self.budget, self.branches, self.min_match = budget, branches, min_match
         self.factor, self.min_share, self.remember = factor, min_share, remember
         self._earlier = SuffixAutomaton()
