@@ -1,0 +1,105 @@
+"""The console: results on stdout, one-line notes and errors on stderr, and how a command ends."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+UsageError: type[Exception] = typer.BadParameter.mro()[1]
+"""The parser's error class. Typer exports only this subclass of it, and which parser it uses differs by version."""
+
+FAILURE, INTERRUPTED, BROKEN_PIPE = 1, 130, 141
+
+out = Console(highlight=False, soft_wrap=False)
+"""Where results are printed."""
+
+
+def note(message: str) -> None:
+    """One line on stderr."""
+    typer.echo(f"specdec: {message}", err=True)
+
+
+class Commands(TyperGroup):
+    """Ends every command with an exit status and at most one line, whatever a user does to it."""
+
+    def main(self, args: Any = None, *rest: Any, **extra: Any) -> Any:
+        """Parse and run; never returns."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        extra["standalone_mode"] = False
+        if "--debug" in arguments[:1] or os.environ.get("SPECDEC_DEBUG", "0") not in ("", "0"):
+            sys.exit(super().main(arguments, *rest, **extra) or 0)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets "?" instead of an error
+        try:
+            with quiet_libraries():
+                status = super().main(arguments, *rest, **extra) or 0
+                sys.stdout.flush()
+        except BrokenPipeError:
+            status = _silenced()
+        except UsageError as error:
+            status = error.exit_code  # type: ignore[attr-defined]
+            note(f"{_one_line(error.format_message())} {_see_help(error)}")  # type: ignore[attr-defined]
+        except Exception as error:
+            status = FAILURE
+            note(explain(error))
+        sys.exit(status)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; Ctrl-C ends it with one line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("", err=True)  # leaves the line that was being written
+            note("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def explain(error: Exception) -> str:
+    """One line for an exception: what a user can cause as it is, anything else with where to look."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory ({_one_line(str(error))[:150]}); use a smaller --dtype, less text or another --device"
+    if isinstance(error, ValueError | OSError):
+        return _one_line(str(error)) or type(error).__name__
+    return f"unexpected {type(error).__name__}: {_one_line(str(error))[:300]} (SPECDEC_DEBUG=1 shows the traceback)"
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())
+
+
+def _see_help(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    return f"(see {context.command_path if context else 'specdec'} --help)"
+
+
+def _silenced() -> int:
+    """The reader has gone: say nothing, not even when Python flushes stdout at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without the loading bars and advice of transformers; what matters to a user is an error or a note of ours."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()

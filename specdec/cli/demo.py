@@ -1,0 +1,175 @@
+"""`specdec demo`: plain and speculative generation side by side, on the pair that ships with specdec."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from specdec import optimize as optimized
+from specdec.cli.console import FAILURE, out
+from specdec.cli.model import load_model, load_tokenizer, tokens_within_limit
+from specdec.cli.options import DRAFTER_HELP, Json, MaxNewTokens, Prompt, PromptFile, Threads
+from specdec.cli.recording import Recording, Side, compare
+from specdec.cli.replay import Panel, print_once, replay
+from specdec.cli.text import prompt_ids, read_prompt, text_pieces
+from specdec.demo import prompts
+from specdec.drafters.load import load_drafter
+
+DEFAULT_EXAMPLE = "properties"
+DEFAULT_DRAFTER = "suffix"
+BAR = 20
+"""Characters of a full bar in the acceptance chart."""
+
+
+def _known_example(name: str) -> str:
+    if name not in prompts():
+        raise typer.BadParameter(f"no prompt {name!r}; choose one of {', '.join(prompts())}")
+    return name
+
+
+def demo(
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--drafter", "-d", help=DRAFTER_HELP + " May be given several times.", show_default=DEFAULT_DRAFTER
+        ),
+    ] = None,
+    example: Annotated[
+        str, typer.Option("--example", help=f"Which shipped prompt: {', '.join(prompts())}.", callback=_known_example)
+    ] = DEFAULT_EXAMPLE,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    max_new_tokens: MaxNewTokens = 256,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side; the median one is shown.")] = 3,
+    use_optimized: Annotated[
+        bool, typer.Option("--optimize/--no-optimize", help="Call specdec.optimize(model), for both sides alike.")
+    ] = True,
+    slow_motion: Annotated[float, typer.Option(min=0.1, help="Show the recordings this many times slower.")] = 1.0,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Compare plain and speculative generation on the model that ships with specdec. Needs no network.
+
+    Both sides are recorded first, without drawing anything, and then shown next to each other at the speed at which
+    they ran. Exit status 1 when the two texts differ.
+
+    Example: specdec demo --drafter suffix --drafter demo-draft:depth=4,budget=12
+    """
+    text = prompts()[example] if prompt is None and prompt_file is None else read_prompt(prompt, prompt_file)
+    if threads:
+        torch.set_num_threads(threads)
+    model, tokenizer = load_model("demo", "float32", "cpu"), load_tokenizer("demo")
+    if use_optimized:
+        optimized(model)
+    ids = prompt_ids(tokenizer, text, chat=False)
+    max_new_tokens = tokens_within_limit(model, ids.shape[1], max_new_tokens)
+    specs = list(dict.fromkeys(drafter or [DEFAULT_DRAFTER]))
+    for spec in specs:
+        load_drafter(spec, model)  # a wrong name is found before anything takes time
+    with nullcontext() if as_json else out.status("recording both sides ..."):
+        plain, sides = compare(model, ids, specs, max_new_tokens, repeats)
+    conditions = _conditions(model, ids.shape[1], use_optimized, repeats)
+    if as_json:
+        print(json.dumps(_report(text, plain, sides, conditions)))
+    else:
+        fastest = max(sides, key=lambda side: side.typical.tokens_per_second)
+        panels = [
+            Panel(title, side.typical, text_pieces(tokenizer, ids[0].tolist(), side.typical.tokens))
+            for title, side in (("plain generate()", plain), (f"specdec, {fastest.drafter}", fastest))
+        ]
+        show = replay if out.is_terminal else print_once
+        show(out, text, panels, slow_motion)
+        _print_results(plain, sides, fastest, conditions)
+    if not all(side.identical_to(plain) for side in sides):
+        raise typer.Exit(FAILURE)
+
+
+def _conditions(model: PreTrainedModel, prompt_tokens: int, is_optimized: bool, repeats: int) -> dict[str, Any]:
+    """What a reader needs to judge the numbers."""
+    return {
+        "target": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "optimized": is_optimized,
+        "decoding": "greedy",
+        "prompt_tokens": prompt_tokens,
+        "repeats": repeats,
+    }
+
+
+def _report(text: str, plain: Side, sides: list[Side], conditions: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the screen shows, for machines."""
+    return {
+        "prompt": text,
+        "conditions": conditions,
+        "plain": {"new_tokens": len(plain.typical.tokens), **_speed(plain)},
+        "speculative": [
+            {
+                "drafter": side.drafter,
+                "identical": side.identical_to(plain),
+                "speedup": round(_speedup(side, plain), 3),
+                **_speed(side),
+                "statistics": side.typical.stats.summary() if side.typical.stats else None,
+            }
+            for side in sides
+        ],
+    }
+
+
+def _speed(side: Side) -> dict[str, Any]:
+    return {
+        "tokens_per_second": round(side.typical.tokens_per_second, 2),
+        "all_runs": [round(recording.tokens_per_second, 2) for recording in side.recordings],
+    }
+
+
+def _speedup(side: Side, plain: Side) -> float:
+    return side.typical.tokens_per_second / plain.typical.tokens_per_second
+
+
+def _print_results(plain: Side, sides: list[Side], fastest: Side, conditions: dict[str, Any]) -> None:
+    table = Table.grid(padding=(0, 2))
+    for justify in ("left", "left", "right", "right", "right"):
+        table.add_column(justify=justify, overflow="fold")
+    table.add_row("", "identical", "tau", "tokens/s", "speed", style="dim")
+    table.add_row("plain generate()", "", "", f"{plain.typical.tokens_per_second:.0f}", "1.00x")
+    for side in sides:
+        verdict = "[green]yes[/green]" if side.identical_to(plain) else "[bold red]NO[/bold red]"
+        stats = side.typical.stats
+        assert stats is not None
+        speed = f"{side.typical.tokens_per_second:.0f}", f"[bold]{_speedup(side, plain):.2f}x[/bold]"
+        table.add_row(side.drafter, verdict, f"{stats.tau:.2f}", *speed)
+    out.print(table)
+    out.print(f"\nacceptance by depth, {fastest.drafter}")
+    for line in acceptance_chart(fastest.typical):
+        out.print(line)
+    state = "optimized" if conditions["optimized"] else "not optimized"
+    out.print(
+        f"\n{conditions['target']} of {conditions['parameters'] / 1e6:.1f} million parameters, {conditions['dtype']}, "
+        f"{state} on both sides, {conditions['device']} with {conditions['threads']} threads; greedy; "
+        f"{conditions['prompt_tokens']} prompt and {len(plain.typical.tokens)} new tokens; "
+        f"median of {conditions['repeats']} runs in turns, after a warm-up. "
+        "tau: tokens per target call.",
+        style="dim",
+    )
+
+
+def acceptance_chart(recording: Recording) -> list[str]:
+    """One line per depth: how often a token drafted there was accepted, given that its parent was."""
+    stats = recording.stats
+    if stats is None or not stats.alpha:
+        return ["  nothing was drafted"]
+    tried = [sum(step.tried > depth for step in stats.steps) for depth in range(len(stats.alpha))]
+    return [
+        f"  {depth:2}  {'█' * round(BAR * rate):░<{BAR}}  {rate:.2f}  of {count}"
+        for depth, (rate, count) in enumerate(zip(stats.alpha, tried, strict=True), 1)
+    ]

@@ -1,0 +1,47 @@
+"""Options that several commands share, with the values they accept."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specdec.drafters.load import WORDS
+
+DRAFTER_HELP = (
+    f"What proposes: {', '.join(sorted(WORDS))}, with options as in [bold]lookup:ngram=3[/bold]; "
+    "a model directory; or a drafter directory."
+)
+
+
+class Dtype(StrEnum):
+    """Number formats of the weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.", show_default=False)]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompt-file",
+        help="Read the prompt from this file, taken as it is.",
+        exists=True,
+        dir_okay=False,
+        readable=True,
+        allow_dash=True,
+        show_default=False,
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate at most.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads; as many as torch chooses.", show_default=False)
+]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes a GPU when there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format; auto is the checkpoint's own.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
