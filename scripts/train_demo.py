@@ -304,7 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="build/demo", help="tokenizer, log and checkpoint go here")
     parser.add_argument("--export", help="write the bf16 models here when training has ended")
-    parser.add_argument("--steps", type=int, default=1700, help="optimizer steps of 4096 tokens")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of 4096 tokens")
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--draft-lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
