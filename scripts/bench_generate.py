@@ -212,10 +212,11 @@ def environment(args: argparse.Namespace) -> str:
         names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0] if names else cpu
     target = "demo target" if not args.padded else f"demo target cost-padded to {args.padded:,} parameters"
+    versions = f"specdec {specdec.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     return (
         f"{target}, {args.dtype}, greedy, batch 1, {args.tokens} new tokens, "
-        f"{len(demo.prompts())} prompts x {args.rounds} rounds; {cpu}, {args.threads} threads of {os.cpu_count()}; specdec {specdec.__version__}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+        f"{len(demo.prompts())} prompts x {args.rounds} rounds; {cpu}, {args.threads} threads of {os.cpu_count()}; "
+        f"{versions}, Python {platform.python_version()}"
     )
 
 
