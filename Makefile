@@ -13,8 +13,10 @@ SUITABLE := import sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python,\
 	$(shell $(name) -c '$(SUITABLE)' 2>/dev/null && echo $(name))))
 
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+
 # PyPI's Linux build of torch brings several GB of CUDA packages. Without a GPU the CPU build is enough.
-ifeq ($(shell uname -s):$(shell command -v nvidia-smi 2>/dev/null),Linux:)
+ifeq ($(shell uname -s):$(GPU),Linux:)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 
@@ -35,8 +37,8 @@ demo: $(READY)  ## plain and speculative decoding side by side, on the model tha
 test: $(READY)  ## the tests, without those marked slow or gpu
 	$(IN_VENV) -m pytest --durations=10
 
-test-all: $(READY)  ## all tests; those marked gpu skip themselves without one
-	$(IN_VENV) -m pytest --durations=10 -m ""
+test-all: $(READY)  ## all tests, those marked gpu where there is one
+	$(IN_VENV) -m pytest --durations=10 -m "$(if $(GPU),,not gpu)"
 
 check: $(READY)  ## lint, format and types
 	$(IN_VENV) -m ruff check .
