@@ -34,6 +34,10 @@ PROMPT_LENGTH = 12
 PARENTS = (NO_NODE, 0, 0, 1, 2, 4)
 CHAIN_PARENTS = (NO_NODE, 0, 1, 2)
 SMALL_WINDOW = 8
+WINDOWS = ("sliding_window", "attention_chunk_size", "keep_window_size", "index_topk")
+"""Names of what limits how far attention reaches; probed at SMALL_WINDOW."""
+PADDING = 2
+LONGEST_PROMPT = 1024
 ATTEMPTS = 2
 
 
@@ -134,75 +138,109 @@ def _probe(target: Target) -> Probe:
 def tolerance(dtype: torch.dtype, noise: float, scale: float) -> float:
     """Largest difference that counts as rounding: a few times the model's own noise.
 
-    Wrong masks or positions showed 0.04 and more on logits of scale 1 to 4, against a noise of 1e-5 in fp32.
+    Wrong masks or positions showed 0.04 and more on logits of scale 1 to 4, against a noise of 1e-5 in fp32. Noise
+    beyond ten times the usual is no rounding: such a model decodes differently with and without its cache, and
+    may not excuse us.
     """
-    relative = {torch.float64: 1e-10, torch.float32: 2e-4}.get(dtype, 3e-2)
-    return max(4 * noise, relative * scale)
+    usual = {torch.float64: 1e-10, torch.float32: 2e-4}.get(dtype, 3e-2) * scale
+    return max(usual, min(4 * noise, 10 * usual))
 
 
 def _differences(target: Target, parents: tuple[int, ...], seed: int) -> tuple[float, float, float]:
-    """(noise of the model itself, difference of our forward, scale of the logits)."""
+    """(noise of the model itself, difference of our forward, scale of the logits), with and without left padding."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, target.vocab_size, (1, PROMPT_LENGTH + len(parents)), generator=generator)
-    prompt, drafted = ids[:, :PROMPT_LENGTH], ids[0, PROMPT_LENGTH:].tolist()
+    length = prompt_length(target)
+    ids = torch.randint(3, target.vocab_size, (1, length + len(parents)), generator=generator)
+    prompt, drafted = ids[:, :length], ids[0, length:].tolist()
     tree = TokenTree.of_nodes(
         torch.tensor(drafted[:1]), [[(p, t) for p, t in zip(parents[1:], drafted[1:], strict=True)]]
     )
-    ours = _scored(target, prompt, tree)
+    shape = tree.shapes[0]
+    leaves = [node for node in range(tree.num_nodes) if not shape.children[node]]
     noise, difference, scale = 0.0, 0.0, 0.0
-    for node in range(tree.num_nodes):
-        path = [0, *tree.shapes[0].path(node)]
-        tokens = torch.cat([prompt, tree.tokens[:, path]], 1).to(target.device)
-        stepwise = _stepwise_logits(target, tokens)
-        noise = max(noise, (stepwise - _uncached_logits(target, tokens)).abs().max().item())
-        difference = max(difference, (stepwise - ours[node]).abs().max().item())
-        scale = max(scale, (stepwise - stepwise.mean()).std().item())
+    for padding, nodes in ((0, range(tree.num_nodes)), (PADDING, leaves)):
+        ours = _scored(target, prompt, padding, tree)
+        for node in nodes:
+            tokens = torch.cat([prompt, tree.tokens[:, [0, *shape.path(node)]]], 1)
+            stepwise = _stepwise_logits(target, tokens, length, padding)
+            noise = max(noise, (stepwise - _uncached_logits(target, tokens, padding)).abs().max().item())
+            difference = max(difference, (stepwise - ours[node]).abs().max().item())
+            scale = max(scale, (stepwise - stepwise.mean()).std().item())
     if not all(map(_is_finite, (noise, difference))):
         raise ValueError("logits are not finite")
     return noise, difference, scale
+
+
+def prompt_length(target: Target) -> int:
+    """A dozen tokens, or past a window that is built into the model's buffers and cannot be shortened."""
+    built_in = getattr(target.config, "window_size", None)
+    if isinstance(built_in, int) and built_in <= LONGEST_PROMPT:
+        return max(PROMPT_LENGTH, built_in + PADDING + 4)
+    return PROMPT_LENGTH
 
 
 def _is_finite(value: float) -> bool:
     return value == value and abs(value) != float("inf")
 
 
-def _scored(target: Target, prompt: Tensor, tree: TokenTree) -> Tensor:
+def _scored(target: Target, prompt: Tensor, padding: int, tree: TokenTree) -> Tensor:
     """Logits [N, V] of the tree after the prompt, through the code that decoding uses."""
     context = Context(target)
-    target.model(input_ids=prompt.to(target.device), past_key_values=context.cache, use_cache=True)
-    context.begin([0], PROMPT_LENGTH)
-    if context.cache.get_seq_length() != PROMPT_LENGTH:
+    target.model(**_inputs(target, prompt, padding), past_key_values=context.cache, use_cache=True)
+    context.begin([padding], prompt.shape[1])
+    if context.cache.get_seq_length() != prompt.shape[1]:
         raise ValueError("the model does not fill a key-value cache")
     return context.run(tree.tokens, tree.depths(), tree.ancestors()).logits[0].float()
 
 
-def _stepwise_logits(target: Target, tokens: Tensor) -> Tensor:
-    """Logits [V] after `tokens` [1, T], the last few fed one at a time."""
-    cache = DynamicCache()
-    output = target.model(input_ids=tokens[:, :PROMPT_LENGTH], past_key_values=cache, use_cache=True)
-    for column in range(PROMPT_LENGTH, tokens.shape[1]):
-        output = target.model(input_ids=tokens[:, column : column + 1], past_key_values=cache, use_cache=True)
+def _stepwise_logits(target: Target, tokens: Tensor, prompt_length: int, padding: int) -> Tensor:
+    """Logits [V] after `tokens` [1, T], as plain `generate` gets them: the last few fed one at a time."""
+    cache = DynamicCache(config=target.config)
+    first = _inputs(target, tokens[:, :prompt_length], padding)
+    output = target.model(**first, past_key_values=cache, use_cache=True)
+    for end in range(prompt_length + 1, tokens.shape[1] + 1):
+        step = _inputs(target, tokens[:, :end], padding)
+        for name in ("input_ids", "position_ids"):
+            if name in step:
+                step[name] = step[name][:, -1:]
+        output = target.model(**step, past_key_values=cache, use_cache=True)
     return output.logits[0, -1].float()
 
 
-def _uncached_logits(target: Target, tokens: Tensor) -> Tensor:
-    return target.model(input_ids=tokens, use_cache=False).logits[0, -1].float()
+def _uncached_logits(target: Target, tokens: Tensor, padding: int) -> Tensor:
+    return target.model(**_inputs(target, tokens, padding), use_cache=False).logits[0, -1].float()
+
+
+def _inputs(target: Target, tokens: Tensor, padding: int) -> dict[str, Tensor]:
+    """What plain `generate` passes for ids [1, T] of which the first `padding` count as padding."""
+    tokens = tokens.to(target.device)
+    column = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    inputs = {"input_ids": tokens}
+    if target.takes_positions:
+        inputs["position_ids"] = (column - padding).clamp(min=0)
+    if padding:
+        inputs["attention_mask"] = (column >= padding).long()
+    return inputs
 
 
 @contextmanager
 def _shortened_windows(target: Target) -> Iterator[None]:
-    """Let windows and chunks bind within the probe: masks read these config values at every forward."""
-    config, saved = target.config, {}
-    for name in ("sliding_window", "attention_chunk_size"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > SMALL_WINDOW:
-            saved[name] = value
-            setattr(config, name, SMALL_WINDOW)
+    """Let windows, chunks and sparse selections bind within the probe.
+
+    Masks read the config at every forward; what modules copied from it is shortened there too.
+    """
+    saved: list[tuple[object, str, int]] = []
+    for owner in (target.config, *target.model.modules()):
+        for name in WINDOWS:
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and value > SMALL_WINDOW:
+                saved.append((owner, name, value))
+                setattr(owner, name, SMALL_WINDOW)
     try:
         yield
     finally:
-        for name, value in saved.items():
-            setattr(config, name, value)
+        for owner, name, value in saved:
+            setattr(owner, name, value)
 
 
 def fingerprint(target: Target) -> str:
