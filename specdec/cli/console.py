@@ -56,9 +56,11 @@ class Commands(TyperGroup):
         sys.exit(status)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; Ctrl-C ends it with one line."""
+        """Run the command; Ctrl-C ends it with one line, a reader that has gone with none."""
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise typer.Exit(_silenced()) from None
         except KeyboardInterrupt:
             typer.echo("", err=True)  # leaves the line that was being written
             note("interrupted")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from specdec import optimize as optimized
 from specdec.cli.console import FAILURE, out
 from specdec.cli.model import load_model, load_tokenizer, tokens_within_limit
-from specdec.cli.options import DRAFTER_HELP, Json, MaxNewTokens, Prompt, PromptFile, Threads
+from specdec.cli.options import DRAFTER_HELP, Json, MaxNewTokens, Prompt, PromptFile, Threads, within
 from specdec.cli.recording import Recording, Side, compare
 from specdec.cli.replay import Panel, print_once, replay
 from specdec.cli.text import prompt_ids, read_prompt, text_pieces
@@ -46,11 +46,15 @@ def demo(
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
     max_new_tokens: MaxNewTokens = 256,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each side; the median one is shown.")] = 3,
+    repeats: Annotated[
+        int, typer.Option(callback=within(1), help="Timed runs of each side; the median one is shown.")
+    ] = 3,
     use_optimized: Annotated[
         bool, typer.Option("--optimize/--no-optimize", help="Call specdec.optimize(model), for both sides alike.")
     ] = True,
-    slow_motion: Annotated[float, typer.Option(min=0.1, help="Show the recordings this many times slower.")] = 1.0,
+    slow_motion: Annotated[
+        float, typer.Option(callback=within(0.1), help="Show the recordings this many times slower.")
+    ] = 1.0,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -153,9 +157,10 @@ def _print_results(plain: Side, sides: list[Side], fastest: Side, conditions: di
     for line in acceptance_chart(fastest.typical):
         out.print(line)
     state = "optimized" if conditions["optimized"] else "not optimized"
+    threads = "1 thread" if conditions["threads"] == 1 else f"{conditions['threads']} threads"
     out.print(
         f"\n{conditions['target']} of {conditions['parameters'] / 1e6:.1f} million parameters, {conditions['dtype']}, "
-        f"{state} on both sides, {conditions['device']} with {conditions['threads']} threads; greedy; "
+        f"{state} on both sides, {conditions['device']} with {threads}; greedy; "
         f"{conditions['prompt_tokens']} prompt and {len(plain.typical.tokens)} new tokens; "
         f"median of {conditions['repeats']} runs in turns, after a warm-up. "
         "tau: tokens per target call.",

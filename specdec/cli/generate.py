@@ -24,6 +24,7 @@ from specdec.cli.options import (
     Prompt,
     PromptFile,
     Threads,
+    within,
 )
 from specdec.cli.text import TextStream, prompt_ids, read_prompt, text_pieces
 from specdec.drafters.load import load_drafter
@@ -41,17 +42,22 @@ def generate(
     prompt_file: PromptFile = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the most probable token; above 0 draws from the distribution.")
+        float,
+        typer.Option(callback=within(0), help="0 takes the most probable token; above 0 draws from the distribution."),
     ] = 0.0,
     top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Draw from the smallest set of tokens with this mass.")
+        float | None, typer.Option(callback=within(0, 1), help="Draw from the smallest set of tokens with this mass.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Draw from the k most probable tokens; 0 for all.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(callback=within(0), help="Draw from the k most probable tokens; 0 for all.")
+    ] = None,
     min_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Drop tokens below this share of the most probable one.")
+        float | None, typer.Option(callback=within(0, 1), help="Drop tokens below this share of the most probable one.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.", show_default=False)] = None,
-    num_return_sequences: Annotated[int, typer.Option(min=1, help="Continuations of the same prompt.")] = 1,
+    num_return_sequences: Annotated[
+        int, typer.Option(callback=within(1), help="Continuations of the same prompt.")
+    ] = 1,
     chat: Annotated[
         bool | None,
         typer.Option(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +16,18 @@ DRAFTER_HELP = (
     f"What proposes: {', '.join(sorted(WORDS))}, with options as in [bold]lookup:ngram=3[/bold]; "
     "a model directory; or a drafter directory."
 )
+
+
+def within(least: float, most: float = math.inf) -> Callable[[float | None], float | None]:
+    """A callback for options whose value has limits; its message says what was got, which typer's own does not."""
+    limits = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not least <= value <= most:
+            raise typer.BadParameter(f"got {value:g}, expected {limits}")
+        return value
+
+    return check
 
 
 class Dtype(StrEnum):
@@ -30,17 +44,19 @@ PromptFile = Annotated[
     Path | None,
     typer.Option(
         "--prompt-file",
-        help="Read the prompt from this file, taken as it is.",
+        help="Read the prompt from this file.",
         exists=True,
         dir_okay=False,
         readable=True,
-        allow_dash=True,
         show_default=False,
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate at most.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", callback=within(1), help="Tokens to generate at most.")
+]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads; as many as torch chooses.", show_default=False)
+    int | None,
+    typer.Option("--threads", callback=within(1), help="CPU threads; as many as torch chooses.", show_default=False),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes a GPU when there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format; auto is the checkpoint's own.")]

@@ -19,7 +19,9 @@ NARROW = 80
 """Below so many columns the two texts go on top of each other."""
 
 SPARE_LINES = 3
+"""Kept free below the frames, for the legend."""
 FRAME_WIDTH, FRAME_HEIGHT = 4, 2
+"""Columns and lines that a frame takes from its text."""
 ACCEPTED, PROMPT = "green", "dim"
 
 
@@ -58,11 +60,11 @@ def replay(console: Console, prompt: str, panels: list[Panel], slow_motion: floa
     """Draw the panels until the last recording has ended; `slow_motion` stretches time."""
     last = max(panel.recording.seconds for panel in panels)
     started = time.perf_counter()
-    with Live(console=console, auto_refresh=False, transient=False) as live:
+    with Live(console=console, auto_refresh=False) as live:
         passed = 0.0
         while passed < last:
             passed = min((time.perf_counter() - started) / slow_motion, last)
-            live.update(_screen(console, prompt, panels, passed, slow_motion), refresh=True)
+            live.update(_screen(console, prompt, panels, passed, last, slow_motion), refresh=True)
             time.sleep(1 / FRAMES_PER_SECOND)
 
 
@@ -83,29 +85,38 @@ def _print_verbatim(console: Console, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
 
 
-def _screen(console: Console, prompt: str, panels: list[Panel], seconds: float, slow_motion: float) -> RenderableType:
+def _screen(
+    console: Console, prompt: str, panels: list[Panel], seconds: float, last: float, slow_motion: float
+) -> RenderableType:
+    """All panels at one moment; as high as the whole text needs, if the terminal allows."""
     narrow = console.width < NARROW
-    stacked = len(panels) if narrow else 1
-    height = max((console.height - SPARE_LINES) // stacked, FRAME_HEIGHT + 1)
     width = console.width if narrow else console.width // len(panels)
-    frames = [_frame(console, panel, prompt, seconds, width, height) for panel in panels]
+    available = (console.height - SPARE_LINES) // (len(panels) if narrow else 1) - FRAME_HEIGHT
+    needed = max(len(_lines(console, panel, prompt, last, width)) for panel in panels)
+    height = max(min(available, needed), 1)
+    frames = [
+        Frame(
+            Text("\n").join(_lines(console, panel, prompt, seconds, width)[-height:]),
+            title=panel.title,
+            subtitle=panel.state_at(seconds),
+            height=height + FRAME_HEIGHT,
+            width=width,
+        )
+        for panel in panels
+    ]
     if narrow:
         return Group(*frames, _legend(slow_motion))
-    grid = Table.grid(expand=True)
-    for _ in panels:
-        grid.add_column(ratio=1)
+    grid = Table.grid()
     grid.add_row(*frames)
     return Group(grid, _legend(slow_motion))
 
 
-def _frame(console: Console, panel: Panel, prompt: str, seconds: float, width: int, height: int) -> Frame:
-    """A panel with the last lines that fit."""
-    lines = panel.text_at(prompt, seconds).wrap(console, width - FRAME_WIDTH, tab_size=4, overflow="fold")
-    shown = Text("\n").join(lines[-(height - FRAME_HEIGHT) :])
-    return Frame(shown, title=panel.title, subtitle=panel.state_at(seconds), height=height, width=width)
+def _lines(console: Console, panel: Panel, prompt: str, seconds: float, width: int) -> list[Text]:
+    text = panel.text_at(prompt, seconds)
+    return list(text.wrap(console, width - FRAME_WIDTH, tab_size=4, overflow="fold"))
 
 
 def _legend(slow_motion: float) -> Text:
-    speed = "true speed" if slow_motion == 1 else f"{slow_motion:g} times slower than it ran"
+    speed = "the speed at which they ran" if slow_motion == 1 else f"1/{slow_motion:g} of their speed"
     legend = Text(f"recorded one after the other, replayed together at {speed}; ", style="dim")
     return legend.append("green", style=ACCEPTED).append(": proposed by the drafter and accepted", style="dim")

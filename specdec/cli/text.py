@@ -19,7 +19,7 @@ CONTEXT = 6
 
 
 def read_prompt(text: str | None, file: Path | None) -> str:
-    """The prompt, taken as it is, from exactly one of --prompt, --prompt-file and stdin.
+    """The prompt from exactly one of --prompt, --prompt-file and stdin, without the newline that ends a file.
 
     Raises:
         typer.BadParameter: none or two of them, or an empty --prompt.
@@ -31,17 +31,16 @@ def read_prompt(text: str | None, file: Path | None) -> str:
         if not text:
             raise typer.BadParameter("the prompt is empty; give at least one word", param_hint="--prompt")
         return text
-    from_stdin = file is None or str(file) == "-"
     if file is None and sys.stdin.isatty():
         raise typer.BadParameter("no prompt: give --prompt TEXT, --prompt-file FILE, or pipe text into stdin")
-    where = "stdin" if from_stdin else str(file)
+    where = "stdin" if file is None else str(file)
     try:
-        read = sys.stdin.read() if from_stdin else file.read_text(encoding="utf-8")  # type: ignore[union-attr]
+        read = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SpecdecError(f"the prompt in {where} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not read.strip():
         raise SpecdecError(f"the prompt in {where} is empty; it needs at least one word")
-    return read
+    return read.removesuffix("\n")
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool | None) -> Tensor:

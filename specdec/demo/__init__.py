@@ -18,5 +18,8 @@ def draft_path() -> Path:
 
 
 def prompts() -> dict[str, str]:
-    """Name and text of the prompts that ship with the pair."""
-    return {path.stem: path.read_text() for path in sorted((FOLDER / "prompts").glob("*.py"))}
+    """Name and text of the prompts that ship with the pair, without the newline that ends each file.
+
+    A prompt that ends in the middle of a line leaves the line break, and the indent that belongs to it, to the model.
+    """
+    return {path.stem: path.read_text().removesuffix("\n") for path in sorted((FOLDER / "prompts").glob("*.py"))}
