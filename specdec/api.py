@@ -268,6 +268,7 @@ _REFUSED_ARGUMENTS = {
     "assistant_tokenizer": "drafters here share the target's vocabulary",
     "custom_generate": "specdec.generate is itself a custom_generate",
     "inputs_embeds": "pass input_ids: drafters read token ids",
+    "token_healing": "call model.heal_tokens(input_ids, tokenizer) first",
     "synced_gpus": "sharded models that must run in step are not served",
 }
 _PREPARED_ARGUMENTS = {
@@ -282,6 +283,8 @@ def _refuse_arguments(arguments: dict[str, Any]) -> None:
         value = arguments.get(name)
         if value is not None and value is not False:
             raise UnsupportedGeneration(f"{name} cannot be combined with specdec; {instead}.")
+    if arguments.get("cache_implementation") == "paged":  # transformers would leave for continuous batching
+        raise UnsupportedGeneration(f"specdec cannot honour cache_implementation='paged': {_PLAIN}.")
 
 
 def _refuse_empty_prompt(prompt: Any) -> None:
@@ -312,7 +315,10 @@ def _refuse_config(config: GenerationConfig) -> None:
         (lookup is not None, f'prompt_lookup_num_tokens={lookup}: use drafter="lookup:tokens={lookup}"'),
         (early_exit is not None, f'assistant_early_exit={early_exit}: use drafter="early-exit:layer={early_exit}"'),
         (bool(getattr(config, "use_mtp", None)), f"use_mtp: {_PLAIN}"),
-        (bool(config.token_healing), "token_healing: call model.heal_tokens(input_ids, tokenizer) first"),
+        (
+            getattr(config, "constraints", None) is not None or getattr(config, "force_words_ids", None) is not None,
+            f"constraints and force_words_ids: they need beam search; {_PLAIN}",
+        ),
     ]  # fmt: skip
     for applies, message in refusals:
         if applies:

@@ -15,6 +15,7 @@ Dimensions: B sequences, G rows of one group, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -99,7 +100,7 @@ class Emitter:
 
     def _read_criteria(self, criteria: StoppingCriteriaList) -> None:
         """Length and end-of-text limits become integers on the host; the rest is called as it is."""
-        limits = [c.max_length for c in criteria if type(c) is sc.MaxLengthCriteria]
+        limits = [math.ceil(c.max_length) for c in criteria if type(c) is sc.MaxLengthCriteria]
         self.max_length = min(limits, default=None)
         self.eos_tokens = {t for c in criteria if type(c) is sc.EosTokenCriteria for t in c.eos_token_id.tolist()}
         self._other_criteria = StoppingCriteriaList(
