@@ -60,8 +60,8 @@ def demo(
 ) -> None:
     """Compare plain and speculative generation on the model that ships with specdec. Needs no network.
 
-    Both sides are recorded first, without drawing anything, and then shown next to each other at the speed at which
-    they ran. Exit status 1 when the two texts differ.
+    Both are recorded first, without drawing anything, then replayed together.
+    Exit status 1 when the texts differ.
 
     Example: specdec demo --drafter suffix --drafter demo-draft:depth=4,budget=12
     """
@@ -163,7 +163,7 @@ def _print_results(plain: Side, sides: list[Side], fastest: Side, conditions: di
         f"{state} on both sides, {conditions['device']} with {threads}; greedy; "
         f"{conditions['prompt_tokens']} prompt and {len(plain.typical.tokens)} new tokens; "
         f"median of {conditions['repeats']} runs in turns, after a warm-up. "
-        "tau: tokens per target call.",
+        "tau: tokens per target call. A small model repeats itself more than a large one, which helps drafters.",
         style="dim",
     )
 

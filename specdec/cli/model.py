@@ -24,7 +24,9 @@ def locate(name: str) -> str | Path:
         SpecdecError: a path that is not there, or a directory without a model.
     """
     if name in DEMO_MODELS:
-        return _model_directory(DEMO_MODELS[name]())
+        if not (DEMO_MODELS[name]() / "model.safetensors").is_file():
+            raise SpecdecError(f"{name}: no model in {DEMO_MODELS[name]()}; install specdec again to get the demo pair")
+        return DEMO_MODELS[name]()
     path = Path(name).expanduser()
     if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name.strip():
         return _model_directory(path)

@@ -15,3 +15,6 @@ class Version:
         return self._key() == other._key()
 
     def __lt__(self, other):
+        if not isinstance(other, Version):
+            return NotImplemented
+        return self._key() < other._key()

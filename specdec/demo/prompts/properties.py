@@ -19,3 +19,5 @@ class Rectangle:
 
     @property
     def width(self):
+        """The width."""
+        return self._width

@@ -9,10 +9,9 @@ class Scanner:
     def scan(self):
         while self.pos < len(self.text):
             c = self.text[self.pos]
-            if c == '(':
-                self.add('LPAREN')
-            elif c == ')':
-                self.add('RPAREN')
-            elif c == '[':
-                self.add('LBRACKET')
-            elif
+            if c == "(":
+                self.add("LPAREN")
+            elif c == ")":
+                self.add("RPAREN")
+            elif c == "[":
+                self.add("LBRACKET")

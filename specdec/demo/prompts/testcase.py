@@ -3,7 +3,6 @@ from collections import deque
 
 
 class DequeTest(unittest.TestCase):
-
     def test_append(self):
         d = deque()
         d.append(1)
@@ -19,3 +18,5 @@ class DequeTest(unittest.TestCase):
         self.assertEqual(list(d), [2, 1])
 
     def test_pop(self):
+        d = deque([1, 2, 3])
+        self.assertEqual(d.pop(), 3)
