@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -46,7 +47,7 @@ def generate(
     model: PreTrainedModel,
     inputs: Tensor | None = None,
     *,
-    drafter: Drafter | PreTrainedModel | str | None = "lookup",
+    drafter: Drafter | PreTrainedModel | str | Path | None = "lookup",
     rule: Rule = "auto",
     generator: torch.Generator | None = None,
     **kwargs: Any,
@@ -86,7 +87,7 @@ def generate(
         raise
 
 
-def attach(model: PreTrainedModel, drafter: Drafter | PreTrainedModel | str) -> PreTrainedModel:
+def attach(model: PreTrainedModel, drafter: Drafter | PreTrainedModel | str | Path) -> PreTrainedModel:
     """Make `model.generate(...)` speculative, and with it pipelines and anything else that calls it.
 
     The drafter is loaded and checked now. Keyword arguments `drafter=`, `rule=` and `generator=` still override per

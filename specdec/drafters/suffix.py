@@ -62,14 +62,15 @@ class SuffixDrafter:
         self._finished = []
 
     def _remember(self, texts: list[list[int]]) -> None:
-        self._earlier_texts += [text for text in texts if text]
+        texts = [text[-self.remember :] for text in texts if text]
+        self._earlier_texts += texts
         if sum(map(len, self._earlier_texts)) > self.remember:
             while len(self._earlier_texts) > 1 and sum(map(len, self._earlier_texts)) > self.remember // 2:
                 self._earlier_texts.pop(0)
             texts, self._earlier = self._earlier_texts, SuffixAutomaton()
         for text in texts:
             self._earlier.begin_text()
-            for token in text[-self.remember :]:
+            for token in text:
                 self._earlier.append(token)
 
     def observe(self, committed: Committed) -> None:
