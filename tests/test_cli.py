@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from typer.testing import CliRunner
 
 from specdec.cli import app
-from specdec.cli.recording import Recording, Side, compare
+from specdec.cli.recording import Recording, Side, choose_threads, compare
 from specdec.cli.text import TextStream, text_pieces
 from specdec.demo import prompts, target_path
 from specdec.drafters.directory import DrafterJson, fingerprint, write_drafter_json
@@ -404,6 +404,27 @@ def test_compare_repeats_every_side_and_finds_them_identical(models_folder: Path
     assert plain.typical.tokens == plain_ids(models_folder / "target", TEXT, max_new_tokens=12)
     sides[0].recordings[1].tokens[3] += 1
     assert not sides[0].identical_to(plain)
+
+
+def test_slow_runs_are_not_repeated_for_long(models_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("specdec.cli.recording.PATIENCE", 0.0)
+    model = LlamaForCausalLM.from_pretrained(models_folder / "target").eval()
+    ids = torch.tensor([tiny_tokenizer()(TEXT)["input_ids"]])
+    plain, sides = compare(model, ids, ["suffix"], max_new_tokens=2, repeats=5)
+    assert [len(side.recordings) for side in [plain, *sides]] == [1, 1]
+
+
+@pytest.mark.parametrize("faster", [1, 2])
+def test_the_faster_number_of_threads_is_chosen(monkeypatch: pytest.MonkeyPatch, faster: int):
+    def record(*_: object) -> Recording:
+        return Recording(seconds=1.0 if torch.get_num_threads() == faster else 2.0)
+
+    monkeypatch.setattr("specdec.cli.recording.record", record)
+    torch.set_num_threads(2)
+    choose_threads(None, torch.tensor([[1]]))  # type: ignore[arg-type]
+    chosen = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert chosen == faster
 
 
 def test_the_typical_recording_is_the_median():

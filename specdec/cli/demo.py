@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from specdec import optimize as optimized
 from specdec.cli.console import FAILURE, out
 from specdec.cli.model import load_model, load_tokenizer, tokens_within_limit
-from specdec.cli.options import DRAFTER_HELP, Json, MaxNewTokens, Prompt, PromptFile, Threads, within
-from specdec.cli.recording import Recording, Side, compare
+from specdec.cli.options import DRAFTER_HELP, Json, MaxNewTokens, Prompt, PromptFile, within
+from specdec.cli.recording import Recording, Side, choose_threads, compare
 from specdec.cli.replay import Panel, print_once, replay
 from specdec.cli.text import prompt_ids, read_prompt, text_pieces
 from specdec.demo import prompts
@@ -55,7 +55,12 @@ def demo(
     slow_motion: Annotated[
         float, typer.Option(callback=within(0.1), help="Show the recordings this many times slower.")
     ] = 1.0,
-    threads: Threads = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            callback=within(1), help="CPU threads; the faster of 1 and all, found by a trial.", show_default=False
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare plain and speculative generation on the model that ships with specdec. Needs no network.
@@ -66,19 +71,21 @@ def demo(
     Example: specdec demo --drafter suffix --drafter demo-draft:depth=4,budget=12
     """
     text = prompts()[example] if prompt is None and prompt_file is None else read_prompt(prompt, prompt_file)
-    if threads:
-        torch.set_num_threads(threads)
     model, tokenizer = load_model("demo", "float32", "cpu"), load_tokenizer("demo")
     if use_optimized:
         optimized(model)
     ids = prompt_ids(tokenizer, text, chat=False)
+    if threads:
+        torch.set_num_threads(threads)
+    else:
+        choose_threads(model, ids)
     max_new_tokens = tokens_within_limit(model, ids.shape[1], max_new_tokens)
     specs = list(dict.fromkeys(drafter or [DEFAULT_DRAFTER]))
     for spec in specs:
         load_drafter(spec, model)  # a wrong name is found before anything takes time
     with nullcontext() if as_json else out.status("recording both sides ..."):
         plain, sides = compare(model, ids, specs, max_new_tokens, repeats)
-    conditions = _conditions(model, ids.shape[1], use_optimized, repeats)
+    conditions = _conditions(model, ids.shape[1], use_optimized, len(plain.recordings))
     if as_json:
         print(json.dumps(_report(text, plain, sides, conditions)))
     else:
@@ -157,12 +164,13 @@ def _print_results(plain: Side, sides: list[Side], fastest: Side, conditions: di
     for line in acceptance_chart(fastest.typical):
         out.print(line)
     state = "optimized" if conditions["optimized"] else "not optimized"
+    runs = f"median of {conditions['repeats']} runs in turns" if conditions["repeats"] > 1 else "one run of each"
     threads = "1 thread" if conditions["threads"] == 1 else f"{conditions['threads']} threads"
     out.print(
         f"\n{conditions['target']} of {conditions['parameters'] / 1e6:.1f} million parameters, {conditions['dtype']}, "
         f"{state} on both sides, {conditions['device']} with {threads}; greedy; "
         f"{conditions['prompt_tokens']} prompt and {len(plain.typical.tokens)} new tokens; "
-        f"median of {conditions['repeats']} runs in turns, after a warm-up. "
+        f"{runs} after a warm-up. "
         "tau: tokens per target call. A small model repeats itself more than a large one, which helps drafters.",
         style="dim",
     )

@@ -19,6 +19,9 @@ from specdec.drafters.load import load_drafter
 from specdec.stats import DecodeStats
 
 WARM_UP_TOKENS = 32
+TRIAL_TOKENS = 8
+PATIENCE = 20.0
+"""Seconds after which no further round of timed runs begins."""
 
 
 @dataclass
@@ -90,7 +93,7 @@ def compare(
         ids: prompt [1, S].
         drafters: specifications; each is loaded afresh for every run, so that none remembers the last one.
         max_new_tokens: for every side.
-        repeats: timed runs of each side.
+        repeats: timed runs of each side; fewer, but at least one, when they take longer than PATIENCE.
 
     Returns:
         The plain side, and one side for each drafter.
@@ -99,10 +102,28 @@ def compare(
     plain, others = Side(None), [Side(drafter) for drafter in drafters]
     for side in [plain, *others]:
         record(model, ids, side.drafter, min(WARM_UP_TOKENS, max_new_tokens))
-    for _ in range(repeats):
+    started = time.perf_counter()
+    for repeat in range(repeats):
+        if repeat and time.perf_counter() - started > PATIENCE:
+            break
         for side in [plain, *others]:
             side.recordings.append(record(model, ids, side.drafter, max_new_tokens))
     return plain, others
+
+
+def choose_threads(model: PreTrainedModel, ids: Tensor) -> None:
+    """Set torch to one CPU thread or to its own number, whichever makes plain generation faster here and now.
+
+    On a busy machine the threads of a small model wait for each other most of the time.
+    """
+    counts = {torch.get_num_threads(), 1}
+    seconds = {}
+    for count in counts if len(counts) > 1 else ():
+        torch.set_num_threads(count)
+        trials = [record(model, ids, None, TRIAL_TOKENS).seconds for _ in range(3)]
+        seconds[count] = min(trials[1:])  # the first one warms up
+    if seconds:
+        torch.set_num_threads(min(seconds, key=lambda count: seconds[count]))
 
 
 def record(model: PreTrainedModel, ids: Tensor, drafter: str | None, max_new_tokens: int) -> Recording:
