@@ -276,11 +276,15 @@ def layer_kinds(config: Any) -> tuple[str, ...]:
 
 
 def find_layers(model: PreTrainedModel, num_layers: int) -> tuple[nn.Module, str]:
-    """The module and attribute that hold the list of decoder layers."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == num_layers:
-                return module, name
+    """The module and attribute that hold the list of decoder layers.
+
+    The decoder is searched first: a vision tower beside it may have as many layers.
+    """
+    for root in (model.get_decoder(), model):
+        for module in root.modules():
+            for name, child in module.named_children():
+                if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+                    return module, name
     raise UnsupportedModel(
         f"{type(model).__name__} has no list of {num_layers} decoder layers. "
         "specdec needs a decoder-only transformer; use plain model.generate() for this one."
