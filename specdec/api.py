@@ -326,9 +326,14 @@ def _refuse_config(config: GenerationConfig) -> None:
             raise UnsupportedGeneration(f"specdec cannot honour {message}.")
 
 
+def _is_empty_dict(value: Any) -> bool:
+    """What transformers prepares of images and sound for a multimodal model that was given text alone."""
+    return isinstance(value, dict) and not value
+
+
 def _refuse_model_arguments(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
     """What a tree forward could not repeat would be silently wrong from the second step on."""
-    given = {name for name, value in model_kwargs.items() if value is not None}
+    given = {name for name, value in model_kwargs.items() if value is not None and not _is_empty_dict(value)}
     extra = sorted(given - _PREPARED_ARGUMENTS)
     if extra:
         raise UnsupportedGeneration(f"specdec passes no {', '.join(extra)} on to the model at every step; {_PLAIN}.")
