@@ -28,6 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import specdec
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.probe import target_of
 from tests.tiny import CHOSEN, PAD, VOCAB, drafter_named, make_target, perturbed, prompt, shared_target, tokenizer
 
@@ -262,12 +263,15 @@ def test_without_a_prompt_generation_starts_from_bos() -> None:
 
 def test_a_model_in_float64_samples_the_tokens_of_plain_generate() -> None:
     model = make_target().double()
-    arguments: dict[str, Any] = {**prompt(1), **LOW, "max_new_tokens": NEW}
+    arguments: dict[str, Any] = {**prompt(1), **LOW, "max_new_tokens": NEW, **DETAILS}
     torch.manual_seed(2)
-    plain = model.generate(**arguments)
+    plain: Any = model.generate(**arguments)
     torch.manual_seed(2)
     ours: Any = specdec.generate(model, drafter="early-exit:layer=3,depth=3,budget=8", **arguments)
-    assert ours.tolist() == plain.tolist()
+    assert ours.sequences.tolist() == plain.sequences.tolist()
+    assert {step.dtype for step in (*ours.scores, *ours.logits)} == {torch.float32}
+    assert_same_steps(ours.scores, plain.scores)
+    assert_same_steps(ours.logits, plain.logits)
 
 
 def test_a_prompt_of_32_bit_ids_gives_the_dtype_of_plain_generate() -> None:
@@ -634,9 +638,12 @@ def test_only_the_new_tokens_may_be_given_with_a_cache_and_a_whole_mask(name: st
             max_new_tokens=NEW, **extra,
         )  # fmt: skip
 
-    plain = run(model.generate)
-    ours = run(lambda *a, **kw: specdec.generate(model, *a, **kw), drafter=drafter_named(name))
+    plain, drafter = run(model.generate), drafter_named(name)
+    ours = run(lambda *a, **kw: specdec.generate(model, *a, **kw), drafter=drafter)
     assert ours.tolist() == plain.tolist()
+    if isinstance(drafter, SuffixDrafter):  # it has seen the given tokens of every row, and no padding
+        seen = [row.text[:6] for row in (*drafter._finished, *drafter._rows)]
+        assert sorted(seen) == sorted(inputs["input_ids"][:, 14:].tolist())
 
 
 def test_a_batch_cache_is_returned_with_every_row_in_place() -> None:
