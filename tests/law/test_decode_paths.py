@@ -93,6 +93,7 @@ def draft_model(children: str, shape) -> Drafter:
 
 
 CHAIN = shape_of([(0,), (0, 0)])
+WIDE = shape_of([(0,), (1,), (2,), (0, 0), (2, 0)])
 DRAFTERS = {
     "drawn chain, block": (lambda: draft_model("drawn", CHAIN), "block"),
     "drawn chain, recursive": (lambda: draft_model("drawn", CHAIN), "recursive"),
@@ -100,6 +101,12 @@ DRAFTERS = {
     "drawn tree, walk": (lambda: draft_model("drawn", TREE), "walk"),
     "top-k tree": (lambda: draft_model("chosen", TREE), "auto"),
     "early exit, drawn tree": (lambda: EarlyExitDrafter(TARGET, layer=1, depth=2, budget=3, children="drawn"), "auto"),
+    "early exit, more children than tokens with mass": (
+        lambda: EarlyExitDrafter(TARGET, layer=1, depth=1, budget=3, children="drawn"),
+        "auto",
+    ),
+    "drawn tree below a child without mass": (lambda: draft_model("drawn", WIDE), "traversal"),
+    "the target drafts for itself": (lambda: DraftModelDrafter(TARGET, children="drawn", shape=TREE), "auto"),
     "early exit, top-k chain": (lambda: EarlyExitDrafter(TARGET, layer=1, depth=2), "auto"),
     "lookup": (LookupDrafter, "auto"),
 }

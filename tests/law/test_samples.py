@@ -116,7 +116,7 @@ RULES: dict[str, tuple[Shape, Children, Rule]] = {
 }
 TOTALS = {"block": 100_000, "traversal": 20_000}
 ENOUGH = 10_000
-"""Of rules that are slower by row; `make test-all` takes 200 000 of each."""
+"""Of rules that are slower by row; `make test-all` takes 100 000 of each."""
 BIASED_TOTALS = {"block": 25_000, "traversal": 17_500}
 
 
@@ -133,9 +133,9 @@ def test_batched_rules_have_the_targets_law(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
-def test_batched_rules_have_the_targets_law_in_200_000_samples(name: str) -> None:
+def test_batched_rules_have_the_targets_law_in_100_000_samples(name: str) -> None:
     """The same with many more samples. A false alarm has odds of 1 in a million."""
-    drawn = samples(TABLES, *RULES[name], seeded(Chooser, 2), 200_000, batch=2500)
+    drawn = samples(TABLES, *RULES[name], seeded(Chooser, 2), 100_000, batch=2500)
     assert chi_square(drawn, TABLES.target_law()).p_value > SIGNIFICANCE
 
 
@@ -147,6 +147,23 @@ def test_the_same_test_sees_a_biased_rule(name: str, biased: type[Chooser]) -> N
     """Acceptances 5 % too high, or next tokens from p ** 1.15, with no more samples than above."""
     drawn = samples(TABLES, *RULES[name], seeded(biased, 1), BIASED_TOTALS.get(name, ENOUGH), batch=2500)
     assert chi_square(drawn, TABLES.target_law()).p_value < SIGNIFICANCE
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 50.0, 200.0])
+@pytest.mark.parametrize("name", RULES)
+def test_extreme_laws_in_float32_emit_only_tokens_that_have_mass(name: str, scale: float) -> None:
+    """Nearly one-hot laws, tokens without mass, and a draft equal to the target: no NaN and nothing impossible."""
+    shape, children, rule = RULES[name]
+    for seed in range(3):
+        tables, generator = BatchTables(seed, noise=0.0), torch.Generator().manual_seed(seed)
+        for table in (tables.target, tables.draft):
+            for length, logits in enumerate(table):
+                noisy = scale * (logits if seed == 0 else torch.randn(logits.shape, generator=generator))
+                strike = torch.randint(VOCAB, (len(logits), 1), generator=torch.Generator().manual_seed(length))
+                table[length] = noisy.scatter(1, strike, -torch.inf)
+        drawn = samples(tables, shape, children, rule, seeded(Chooser, seed), total=100, batch=100)
+        law = tables.target_law()
+        assert all(law[sequence] > 0 for sequence in drawn)
 
 
 # --- The chooser ----------------------------------------------------------------------------------------
@@ -275,10 +292,10 @@ def test_generate_samples_from_the_models_own_law(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GENERATIONS)
-def test_generate_samples_from_the_models_own_law_in_50_000_rows(name: str) -> None:
+def test_generate_samples_from_the_models_own_law_in_20_000_rows(name: str) -> None:
     """A false alarm has odds of 1 in a million."""
     law = model_law(tiny_llama(1, 2), PROMPT, LENGTH)
-    assert chi_square(generated(*GENERATIONS[name], total=50_000, seed=10), law).p_value > SIGNIFICANCE
+    assert chi_square(generated(*GENERATIONS[name], total=20_000, seed=10), law).p_value > SIGNIFICANCE
 
 
 def test_the_test_of_generate_sees_another_models_law() -> None:
