@@ -97,14 +97,14 @@ def test_it_has_fewer_than_two_states_per_token() -> None:
 
 def test_continuations_grow_best_first_by_their_share() -> None:
     #          after 1: 2 three times (then 3, 3, 5), 4 once
-    automaton = built([[1, 2, 3], [1, 2, 3], [1, 2, 5], [1, 4]])
+    automaton = built([[1, 2, 3], [1, 2, 3], [1, 2, 5], [1, 4, 6]])
     state = state_of(automaton, [1])
     assert state is not None
-    assert grow_by_counts(automaton, state, 4, 5, 2, 0.0) == [(0, 2), (1, 3), (0, 4), (1, 5)]
-    assert grow_by_counts(automaton, state, 2, 5, 2, 0.0) == [(0, 2), (1, 3)]
+    assert grow_by_counts(automaton, state, 9, 2, 2, 0.0) == [(0, 2), (1, 3), (0, 4), (3, 6), (1, 5)]
+    assert grow_by_counts(automaton, state, 2, 2, 2, 0.0) == [(0, 2), (1, 3)]
     assert grow_by_counts(automaton, state, 4, 1, 2, 0.0) == [(0, 2), (0, 4)]
-    assert grow_by_counts(automaton, state, 4, 5, 1, 0.0) == [(0, 2), (1, 3)]
-    assert grow_by_counts(automaton, state, 4, 5, 2, 0.3) == [(0, 2), (1, 3)]
+    assert grow_by_counts(automaton, state, 4, 2, 1, 0.0) == [(0, 2), (1, 3)]
+    assert grow_by_counts(automaton, state, 4, 2, 2, 0.3) == [(0, 2), (1, 3)]
 
 
 # --- The drafter -------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_a_root_is_seen_once_although_it_is_committed_later() -> None:
 def test_rows_have_texts_of_their_own() -> None:
     drafter = SuffixDrafter(branches=1, factor=1.0)
     begin(drafter, [[1, 2, 1, 7], [1, 3, 1, 3], [1, 4, 5]])
-    tree = propose(drafter, [1, 1, 1])
+    tree = propose(drafter, [1, 1, 1], room=2)
     assert [chain_of(tree, row) for row in range(3)] == [[7], [3, 1], [4]]
     drafter.observe(Committed([[1], [1], [1]]))
     drafter.select([2, 0])
@@ -162,7 +162,7 @@ def test_earlier_requests_are_matched_only_when_remembered(finished_first: bool)
         if finished_first:
             drafter.select([1])
         begin(drafter, [[5, 6, 10]])
-        assert chain_of(propose(drafter, [11])) == expected
+        assert chain_of(propose(drafter, [11], room=3)) == expected
 
 
 def test_the_own_text_goes_before_an_earlier_one_of_equal_length() -> None:
