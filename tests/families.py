@@ -51,8 +51,12 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen3": tf.Qwen3Config(**sizes()),
     "qwen3-moe": tf.Qwen3MoeConfig(**_experts()),
     "mistral-sliding": tf.MistralConfig(**sizes(sliding_window=WINDOW)),
-    "gemma2-sliding": tf.Gemma2Config(**sizes(sliding_window=WINDOW, layer_types=_MIXED, query_pre_attn_scalar=8)),
-    "gemma3-sliding": tf.Gemma3TextConfig(**sizes(sliding_window=WINDOW, layer_types=_MIXED, query_pre_attn_scalar=8)),
+    "gemma2-sliding": tf.Gemma2Config(
+        **sizes(sliding_window=WINDOW, layer_types=_MIXED, query_pre_attn_scalar=8, tie_word_embeddings=False)
+    ),
+    "gemma3-sliding": tf.Gemma3TextConfig(
+        **sizes(sliding_window=WINDOW, layer_types=_MIXED, query_pre_attn_scalar=8, tie_word_embeddings=False)
+    ),
     "phi3": tf.Phi3Config(**sizes()),
     "gpt2": tf.GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=256, bos_token_id=None, eos_token_id=None
@@ -71,7 +75,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         pad_token_id=1,
     ),
     "olmo2": tf.Olmo2Config(**sizes()),
-    "cohere2-sliding": tf.Cohere2Config(**sizes(sliding_window=WINDOW, layer_types=_MIXED)),
+    "cohere2-sliding": tf.Cohere2Config(**sizes(sliding_window=WINDOW, layer_types=_MIXED, tie_word_embeddings=False)),
     "gpt-oss": tf.GptOssConfig(
         **sizes(sliding_window=WINDOW, layer_types=_MIXED, num_local_experts=4, num_experts_per_tok=2)
     ),
@@ -108,10 +112,24 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 EAGER_ONLY = {"gemma2-sliding", "gpt-oss"}
 """Their soft caps and sinks are not in sdpa: transformers refuses it or falls back to eager."""
 
+PICTURES_AND_TEXT = tf.Gemma3Config(
+    text_config=FAMILIES["gemma3-sliding"].to_dict(),
+    vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS, "num_attention_heads": 2},
+)
+"""A model with a vision tower beside its decoder, of as many layers."""
 
-def tiny_model(family: str, attention: str = "eager", *, seed: int = 0) -> Any:
-    """A random model of the family in float32, the same weights for every attention implementation."""
-    return model_of(FAMILIES[family], attention, seed=seed)
+
+def tiny_model(family: str, attention: str = "eager", *, layers: int = LAYERS, seed: int = 0) -> Any:
+    """A random model of the family in float32, the same weights for every attention implementation.
+
+    `layers` may be 2, which still holds one of each kind.
+    """
+    config = copy.deepcopy(FAMILIES[family])
+    config.num_hidden_layers = layers
+    for name in ("layer_types", "no_rope_layers"):
+        if getattr(config, name, None):
+            setattr(config, name, getattr(config, name)[:layers])
+    return model_of(config, attention, seed=seed)
 
 
 def model_of(config: PreTrainedConfig, attention: str = "eager", *, seed: int = 0) -> Any:

@@ -20,6 +20,7 @@ from tests.families import (
     CLEAR_GAP,
     EAGER_ONLY,
     FAMILIES,
+    PICTURES_AND_TEXT,
     Reference,
     model_of,
     perturbed,
@@ -42,8 +43,8 @@ DRAFTERS = {
     "recycling-tree": "recycling:budget=8,depth=4",
     "draft-chain": {"depth": 3},
     "draft-tree": {"depth": 3, "budget": 6},
-    "early-exit-chain": "early-exit:layer=2,depth=2",
-    "early-exit-tree": "early-exit:layer=2,depth=2,budget=4",
+    "early-exit-chain": "early-exit:layer=1,depth=2",
+    "early-exit-tree": "early-exit:layer=1,depth=2,budget=4",
 }
 GUESSES = {name for name in DRAFTERS if name.startswith(("recycling", "draft", "early-exit"))}
 """Drafters that propose in every step, so that over a family's runs some tokens are taken and some are not."""
@@ -54,7 +55,7 @@ CASES = [(family, attention) for family in FAMILIES for attention in ("eager", "
 
 @cache
 def _model(family: str, attention: str) -> Any:
-    return tiny_model(family, attention)
+    return tiny_model(family, attention, layers=2)
 
 
 @cache
@@ -219,6 +220,13 @@ def test_grouped_heads_and_tied_embeddings_are_exact(key_value_heads: int, tied:
     told = reference(model, BATCHES["batch-3"], 24)
     for drafter in ("recycling:budget=8", "early-exit:layer=1,budget=4,depth=2"):
         assert _speculative(model, told, drafter, 24).sequences.tolist() == told.sequences.tolist()
+
+
+@pytest.mark.parametrize("drafter", ["suffix", "recycling", "early-exit:layer=1"])
+def test_a_model_that_also_sees_pictures_writes_the_same_text_without_them(drafter: str) -> None:
+    model = model_of(PICTURES_AND_TEXT, "sdpa")
+    told = reference(model, BATCHES["batch-3"], 24)
+    assert _speculative(model, told, drafter, 24).sequences.tolist() == told.sequences.tolist()
 
 
 needs_demo = pytest.mark.skipif(
