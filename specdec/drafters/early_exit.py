@@ -9,9 +9,11 @@ Dimensions: B rows, N nodes, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from specdec.context import Context
 from specdec.drafter import Committed
@@ -96,9 +98,17 @@ class EarlyExitDrafter:
         """Nothing of its own to select."""
 
 
+_resumes: WeakKeyDictionary[PreTrainedModel, set[tuple[int, str, torch.dtype]]] = WeakKeyDictionary()
+# What passed the check below, of each live model.
+
+
 @torch.no_grad()
 def check_resume(target: Target, layer: int) -> None:
     """Refuse a target whose upper layers do not continue exactly from a lower layer's output."""
+    passed = _resumes.setdefault(target.model, set())
+    circumstances = (layer, target.attention, target.dtype)
+    if circumstances in passed:
+        return
     ids = torch.arange(3, 9)[None] % target.vocab_size
     zeros, width = torch.arange(ids.shape[1])[None], ids.shape[1]
     sees = torch.ones(1, width, width, dtype=torch.bool).tril()
@@ -121,3 +131,4 @@ def check_resume(target: Target, layer: int) -> None:
             f"{type(target.model).__name__} does not continue exactly from layer {layer} "
             f"(difference {difference:.2g}); use another drafter than early-exit"
         )
+    passed.add(circumstances)

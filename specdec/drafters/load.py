@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -28,6 +29,7 @@ from specdec.drafters.lookup import LookupDrafter
 from specdec.drafters.recycling import RecyclingDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.errors import DrafterMismatch, UnknownDrafter
+from specdec.optimize import is_packed, optimize
 from specdec.probe import target_of
 
 WORDS: dict[str, Callable[..., Drafter]] = {
@@ -38,6 +40,8 @@ WORDS: dict[str, Callable[..., Drafter]] = {
     "demo-draft": DraftModelDrafter,
 }
 NOT_OPTIONS = {"self", "target", "vocab_size", "shape"}
+
+_drafts: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], PreTrainedModel]] = WeakKeyDictionary()
 
 
 def load_drafter(spec: Drafter | PreTrainedModel | str | Path | None, model: PreTrainedModel) -> Drafter | None:
@@ -112,7 +116,7 @@ def check_fits(drafter: Drafter, model: PreTrainedModel) -> None:
 def _from_word(name: str, options: dict[str, str], model: PreTrainedModel) -> Drafter:
     values = typed_options(name, WORDS[name], options)
     if name == "demo-draft":
-        return _draft_model(load_model(draft_path(), model), model, values)
+        return _draft_model(draft_for(draft_path(), model), model, values)
     if name == "early-exit":
         return EarlyExitDrafter(target_of(model), **values)
     if name == "recycling":
@@ -138,7 +142,7 @@ def _from_path(path: Path, options: dict[str, str], model: PreTrainedModel) -> D
     elif not (path / "config.json").is_file():
         raise UnknownDrafter(f"{path} holds neither drafter.json nor a model's config.json")
     values = typed_options("draft-model", DraftModelDrafter, options)
-    return _draft_model(load_model(path, model), model, values)
+    return _draft_model(draft_for(path, model), model, values)
 
 
 def _draft_model(draft: PreTrainedModel, model: PreTrainedModel, options: dict[str, Any]) -> Drafter:
@@ -148,6 +152,21 @@ def _draft_model(draft: PreTrainedModel, model: PreTrainedModel, options: dict[s
     return DraftModelDrafter(target_of(draft), **options)
 
 
+def draft_for(path: Path, target: PreTrainedModel) -> PreTrainedModel:
+    """The draft model in `path`, on the target's device, in its dtype, and optimized when the target is.
+
+    Kept as long as the target lives, so that a call of `generate` by name does not read it anew; changed files are.
+    """
+    found = path.iterdir() if path.is_dir() else ()
+    files = tuple(sorted((file.name, file.stat().st_mtime_ns) for file in found))
+    key = (path.resolve(), files, target.dtype, target.device, is_packed(target))
+    kept = _drafts.setdefault(target, {})
+    if key not in kept:
+        draft = load_model(path, target)
+        kept[key] = optimize(draft) if is_packed(target) else draft
+    return kept[key]
+
+
 def load_model(path: Path, target: PreTrainedModel) -> PreTrainedModel:
     """A local causal language model in evaluation mode, on the target's device and in its dtype; nothing is downloaded.
 
@@ -155,10 +174,18 @@ def load_model(path: Path, target: PreTrainedModel) -> PreTrainedModel:
         UnknownDrafter: the files are not a model that transformers can load.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=target.dtype, local_files_only=True)
+        model, report = cast(
+            tuple[PreTrainedModel, dict[str, Any]],
+            AutoModelForCausalLM.from_pretrained(
+                path, dtype=target.dtype, local_files_only=True, output_loading_info=True
+            ),
+        )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UnknownDrafter(f"cannot load a model from {path}: {reason}") from error
+    if report["missing_keys"]:
+        names = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UnknownDrafter(f"the model in {path} lacks {len(report['missing_keys'])} tensors ({names}, ...)")
     return cast(Any, model.eval()).to(target.device)
 
 

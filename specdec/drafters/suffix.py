@@ -227,6 +227,10 @@ def grow_by_counts(
     heap: list[tuple[float, int, int, int, int, int]] = []
 
     def push_children(parent: int, at: int, share: float, level: int) -> None:
+        while at and not automaton.next[at]:  # the end of the text: a shorter suffix of it went on elsewhere
+            at = automaton.links[at]
+        if at == 0:
+            return
         following = automaton.next[at]
         if len(following) == 1:  # the usual case on the way down a long match
             ranked = list(following.items())
