@@ -130,6 +130,7 @@ _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _CONV_AND_ATTENTION = ["conv", "full_attention"] * (LAYERS // 2)
 SPECIAL: dict[str, dict[str, Any]] = {
     "blenderbot": {"encoder_layers": LAYERS},
+    "bloom": {"tie_word_embeddings": False},
     "cohere_compass_text": {"rope_parameters": {kind: _ROPE for kind in ("sliding_attention", "full_attention")}},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
@@ -445,8 +446,9 @@ def table(rows: list[Row]) -> str:
         f"whether greedy text in float32 equals plain `generate` token for token ({NEW_TOKENS} new tokens, recycling",
         "and draft-model drafters, batch 1 and a left-padded batch of 3, every listed attention implementation).",
         "",
-        f"Written by `python scripts/sweep_families.py --out docs/families.md` with transformers {transformers.__version__}, "
-        f"torch {torch.__version__}, Python {sys.version.split()[0]}, specdec {specdec.__version__}.",
+        "Written by `python scripts/sweep_families.py --out docs/families.md` with "
+        f"transformers {transformers.__version__}, torch {torch.__version__}, "
+        f"Python {sys.version.split()[0]}, specdec {specdec.__version__}.",
         "",
         f"{len(rows)} types: {exact} decode trees exactly, {count['chain']} decode chains, {count['refused']} are "
         f"refused, {count['not built']} could not be built small or do not run by themselves. "

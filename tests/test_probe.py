@@ -23,7 +23,7 @@ from tests.families import FAMILIES, VOCAB, model_of, perturbed, reference, size
 
 CHAIN_ONLY = {
     # ALiBi by cache column; position_ids are not among its arguments.
-    "bloom": tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
+    "bloom": tf.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, tie_word_embeddings=False),
     "mpt": tf.MptConfig(vocab_size=VOCAB, d_model=32, n_layers=2, n_heads=4, expansion_ratio=2, use_cache=True),
     # Local attention from a buffer by cache column, far longer than a dozen tokens.
     "gpt-neo": tf.GPTNeoConfig(
@@ -56,8 +56,11 @@ def test_models_that_place_keys_by_column_decode_chains(name: str) -> None:
     for lengths in ([12], [12, 7, 9]):
         told = reference(model, lengths, 40)
         for drafter in ("recycling:budget=8", perturbed(model)):
-            output: Any = specdec.generate(model, **told.prompts.inputs, drafter=drafter, max_new_tokens=40)
-            assert output.tolist() == told.sequences.tolist()
+            output: Any = specdec.generate(
+                model, **told.prompts.inputs, drafter=drafter, max_new_tokens=40, return_dict_in_generate=True
+            )
+            assert output.sequences.tolist() == told.sequences.tolist()
+            assert 0 < output.stats.accepted < output.stats.drafted
 
 
 def test_a_model_that_ignores_positions_is_not_called_a_tree() -> None:
