@@ -10,11 +10,11 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from specdec.context import Context
 from specdec.drafter import Committed
-from specdec.errors import DrafterMismatch, UnknownDrafter
+from specdec.drafters.vocabulary import fit_logits
+from specdec.errors import UnknownDrafter
 from specdec.grow.levels import Children, grow_levels
 from specdec.grow.shape import Shape, best_shape
 from specdec.sampling import Chooser, SamplingParams
@@ -27,6 +27,7 @@ class DraftModelDrafter:
 
     Args:
         target: the draft model's adapter, probed.
+        vocab_size: V of the target whose text is drafted, where it is not the draft model's own.
         depth: levels of the tree.
         budget: proposed nodes; at most `depth` for a chain.
         children: "chosen" (top-k; with a seed the output equals plain sampling) or "drawn" (without
@@ -40,6 +41,7 @@ class DraftModelDrafter:
         self,
         target: Target,
         *,
+        vocab_size: int | None = None,
         depth: int = 4,
         budget: int | None = None,
         children: str = "chosen",
@@ -48,6 +50,7 @@ class DraftModelDrafter:
         if children not in ("chosen", "drawn"):
             raise UnknownDrafter(f'children is "chosen" or "drawn", got {children!r}')
         self.model = target
+        self.vocab_size = target.vocab_size if vocab_size is None else vocab_size
         self.children: Children = cast(Children, children)
         self.shape = shape or best_shape(depth if budget is None else budget, depth)
         if target.form == "chain" and not self.shape.topology.is_chain:
@@ -95,14 +98,13 @@ class DraftModelDrafter:
         room = min(room, self._positions_left())
         if room < 1:
             return TokenTree.of_roots(root)
-        shape = self.shape.up_to(room, self.model.vocab_size)
+        shape = self.shape.up_to(room, min(self.vocab_size, self.model.vocab_size))
         first = self._digest(root.tolist())
         self._columns = {}
 
         def expand(nodes: list[int], tokens: Tensor) -> Tensor:
-            if nodes == [0]:
-                return first
-            return self._run(shape, nodes, tokens)
+            logits = first if nodes == [0] else self._run(shape, nodes, tokens)
+            return fit_logits(logits, self.vocab_size)
 
         self._tree = grow_levels(shape, root, self.children, params, chooser, expand)
         return self._tree
@@ -118,7 +120,8 @@ class DraftModelDrafter:
 
     def _digest(self, roots: list[int]) -> Tensor:
         """Run and commit pending tokens and root; returns logits [B, 1, V] after the root."""
-        rows = [[*pending, root] for pending, root in zip(self._pending, roots, strict=True)]
+        last = self.model.vocab_size - 1  # a wider target may emit ids that this model lacks
+        rows = [[min(t, last) for t in (*p, root)] for p, root in zip(self._pending, roots, strict=True)]
         self._pending = [[] for _ in rows]
         if not self._context.batch_size:
             return self._context.prefill(rows).logits
@@ -145,18 +148,3 @@ class DraftModelDrafter:
         self._pending = [self._pending[row] for row in rows]
         if self._context.batch_size:
             self._context.select(rows)
-
-
-def check_vocabulary(draft: PreTrainedModel, target: PreTrainedModel) -> None:
-    """Refuse a draft model whose token ids mean something else than the target's.
-
-    Raises:
-        DrafterMismatch: the sizes differ.
-    """
-    ours = int(draft.config.get_text_config(decoder=True).vocab_size)
-    theirs = int(target.config.get_text_config(decoder=True).vocab_size)
-    if ours != theirs:
-        raise DrafterMismatch(
-            f"the draft model has a vocabulary of {ours} tokens, the target one of {theirs}. "
-            "Drafter and target must share one tokenizer; choose a draft model of the same family."
-        )

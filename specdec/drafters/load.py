@@ -23,11 +23,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from specdec.demo import draft_path
 from specdec.drafter import Drafter
 from specdec.drafters.directory import check_fingerprint, read_drafter_json
-from specdec.drafters.draft_model import DraftModelDrafter, check_vocabulary
+from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.lookup import LookupDrafter
 from specdec.drafters.recycling import RecyclingDrafter
 from specdec.drafters.suffix import SuffixDrafter
+from specdec.drafters.vocabulary import check_vocabulary, vocab_size
 from specdec.errors import DrafterMismatch, UnknownDrafter
 from specdec.optimize import is_packed, optimize
 from specdec.probe import target_of
@@ -102,15 +103,14 @@ def check_fits(drafter: Drafter, model: PreTrainedModel) -> None:
     Raises:
         DrafterMismatch: it runs another target's layers, or its vocabulary is another one.
     """
-    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+    vocabulary = vocab_size(model)
     if isinstance(drafter, EarlyExitDrafter) and drafter.target.model is not model:
         raise DrafterMismatch("this early-exit drafter runs the layers of another model; load one for this target")
-    if isinstance(drafter, RecyclingDrafter) and drafter.vocab_size != vocabulary:
+    if isinstance(drafter, RecyclingDrafter | DraftModelDrafter) and drafter.vocab_size != vocabulary:
         raise DrafterMismatch(
-            f"this recycling drafter has a vocabulary of {drafter.vocab_size} tokens, the target one of {vocabulary}"
+            f"this {type(drafter).__name__} has a vocabulary of {drafter.vocab_size} tokens, the target one of "
+            f"{vocabulary}; load a drafter for this target"
         )
-    if isinstance(drafter, DraftModelDrafter):
-        check_vocabulary(drafter.model.model, model)
 
 
 def _from_word(name: str, options: dict[str, str], model: PreTrainedModel) -> Drafter:
@@ -120,7 +120,7 @@ def _from_word(name: str, options: dict[str, str], model: PreTrainedModel) -> Dr
     if name == "early-exit":
         return EarlyExitDrafter(target_of(model), **values)
     if name == "recycling":
-        return RecyclingDrafter(int(model.config.get_text_config(decoder=True).vocab_size), **values)
+        return RecyclingDrafter(vocab_size(model), **values)
     return WORDS[name](**values)
 
 
@@ -149,7 +149,7 @@ def _draft_model(draft: PreTrainedModel, model: PreTrainedModel, options: dict[s
     check_vocabulary(draft, model)
     if draft is model:
         raise DrafterMismatch("the draft model is the target itself; a drafter must be cheaper than its target")
-    return DraftModelDrafter(target_of(draft), **options)
+    return DraftModelDrafter(target_of(draft), vocab_size=vocab_size(model), **options)
 
 
 def draft_for(path: Path, target: PreTrainedModel) -> PreTrainedModel:

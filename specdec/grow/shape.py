@@ -18,6 +18,9 @@ from specdec.tree import NO_NODE, Topology, topology
 DEFAULT_ACCEPTANCE = (0.6, 0.15, 0.07, 0.04, 0.03, 0.02, 0.015, 0.01)
 """Measured order of magnitude for small draft models; the tail is a guess that only ranks slots."""
 
+MAX_BUDGET = 1024
+"""More nodes than this cost more than they bring on any machine; a typing error more likely."""
+
 
 class Child(NamedTuple):
     """A node other than the root: its parent and its rank among the parent's children, 0 for the best."""
@@ -87,10 +90,12 @@ def best_shape(budget: int, depth: int, acceptance: tuple[float, ...] = DEFAULT_
     """The `budget` proposed nodes of largest value, at most `depth` levels deep.
 
     Raises:
-        UnknownDrafter: budget or depth below 1.
+        UnknownDrafter: budget or depth out of range.
     """
     if budget < 1 or depth < 1:
         raise UnknownDrafter(f"a tree needs budget >= 1 and depth >= 1, got budget={budget}, depth={depth}")
+    if budget > MAX_BUDGET:
+        raise UnknownDrafter(f"a tree takes a budget of at most {MAX_BUDGET} nodes, got budget={budget}")
     if budget <= depth:
         return chain(budget)
     ranks = [max(acceptance[j:]) for j in range(len(acceptance))]  # a histogram's tail may wiggle
