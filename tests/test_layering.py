@@ -14,7 +14,7 @@ FOLDERS = {"specdec": "specdec", "heads": "specdec.heads", "train": "specdec.tra
 LINKS = {ROOT / "specdec" / "heads", ROOT / "specdec" / "train"}
 OURS = {*FOLDERS, "scripts", "tests", ""}  # "" is what a relative import begins with
 
-TREES = {"specdec.tree", "specdec.sampling", "specdec.errors"}
+TREES = {"specdec.tree", "specdec.sampling", "specdec.vocabulary", "specdec.errors"}
 MODELS = {
     "specdec.optimize",
     "specdec.probe",
@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specdec.context": {"specdec.cache", "specdec.target"},
     "specdec.target": {"specdec.errors"},
     "specdec.sampling": {"specdec.errors"},
+    "specdec.vocabulary": {"specdec.errors"},
     "specdec.optimize": set(),
     "specdec.cache": set(),
     "specdec.tree": set(),

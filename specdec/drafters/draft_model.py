@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specdec.context import Context
 from specdec.drafter import Committed
-from specdec.drafters.vocabulary import fit_logits
+from specdec.vocabulary import fit_logits
 from specdec.errors import UnknownDrafter
 from specdec.grow.levels import Children, grow_levels
 from specdec.grow.shape import Shape, best_shape
