@@ -13,13 +13,13 @@ from torch import Tensor
 
 from specdec.context import Context
 from specdec.drafter import Committed
-from specdec.vocabulary import fit_logits
 from specdec.errors import UnknownDrafter
 from specdec.grow.levels import Children, grow_levels
 from specdec.grow.shape import Shape, best_shape
 from specdec.sampling import Chooser, SamplingParams
 from specdec.target import Target
 from specdec.tree import TokenTree
+from specdec.vocabulary import fit_logits
 
 
 class DraftModelDrafter:

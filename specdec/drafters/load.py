@@ -28,10 +28,10 @@ from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.lookup import LookupDrafter
 from specdec.drafters.recycling import RecyclingDrafter
 from specdec.drafters.suffix import SuffixDrafter
-from specdec.vocabulary import check_vocabulary, vocab_size
 from specdec.errors import DrafterMismatch, UnknownDrafter
 from specdec.optimize import is_packed, optimize
 from specdec.probe import target_of
+from specdec.vocabulary import check_vocabulary, vocab_size
 
 WORDS: dict[str, Callable[..., Drafter]] = {
     "lookup": LookupDrafter,
