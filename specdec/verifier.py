@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from specdec.cache import KVCache
 from specdec.context import Context
+from specdec.optimize import is_packed
 from specdec.target import Target, TargetOutput
 from specdec.tree import TokenTree
 
@@ -31,6 +32,9 @@ class Verifier:
         self.context = Context(target, capacity)
         self._capacity = capacity
         self._park = park
+        self._avoids_narrow = (
+            target.device.type == "cpu" and target.dtype == torch.float32 and not is_packed(target.model)
+        )
         self._rows: list[int] = []
         self._parked: dict[int, KVCache] = {}
 
@@ -70,11 +74,24 @@ class Verifier:
         return TargetOutput(output.logits[:, -1:], {tap: output.hidden_states[tap] for tap in self.taps})
 
     def score(self, tree: TokenTree) -> TargetOutput:
-        """Logits [B, N, V] and taps of every node; the cache now holds the whole tree until `commit`."""
+        """Logits [B, N, V] and taps of every node; the cache now holds the whole tree until `commit`.
+
+        N may be larger than the tree's: at widths that are slow here, padding nodes are appended.
+        """
+        tree = tree.padded_to(self._good_width(tree.num_nodes))
         ancestors = tree.ancestors()
         if tree.resume is not None:
             return self.context.finish(tree.resume.layer, tree.resume.hidden, tree.tokens, ancestors, taps=self.taps)
         return self.context.run(tree.tokens, tree.depths(), ancestors, taps=self.taps)
+
+    def _good_width(self, num_nodes: int) -> int:
+        """Nodes per row to run. On a CPU the default fp32 product takes two and three rows one by one, and
+        four in the time of two (docs/benchmarks); packed weights have no such cliff.
+        """
+        batch_size = self.context.batch_size
+        if self._avoids_narrow and 1 < batch_size * num_nodes < 4:
+            return -(-4 // batch_size)
+        return num_nodes
 
     def commit(self, paths: list[list[int]]) -> None:
         """Keep root and path of each row, drop the tree's other columns."""

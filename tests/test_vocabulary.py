@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 import specdec
 from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.vocabulary import check_vocabulary, fit_logits
 from specdec.errors import DrafterMismatch
 from specdec.probe import target_of
+from specdec.vocabulary import check_vocabulary, fit_logits
 from tests.tiny import VOCAB, make_target
 
 
