@@ -35,6 +35,7 @@ class EarlyExitDrafter:
         depth: levels of the tree.
         budget: proposed nodes; at most `depth` for a chain.
         children: "chosen" or "drawn", see DraftModelDrafter.
+        min_confidence: when to stop growing, see DraftModelDrafter.
 
     Raises:
         UnknownDrafter: a layer outside 1..L-1.
@@ -44,14 +45,24 @@ class EarlyExitDrafter:
     taps: tuple[int, ...] = ()
 
     def __init__(
-        self, target: Target, *, layer: int = 2, depth: int = 3, budget: int | None = None, children: str = "chosen"
+        self,
+        target: Target,
+        *,
+        layer: int = 2,
+        depth: int = 3,
+        budget: int | None = None,
+        children: str = "chosen",
+        min_confidence: float = 0.0,
     ) -> None:
         if not 1 <= layer < target.num_layers:
             raise UnknownDrafter(f"early-exit needs 1 <= layer < {target.num_layers} on this target, got {layer}")
         if children not in ("chosen", "drawn"):
             raise UnknownDrafter(f'children is "chosen" or "drawn", got {children!r}')
         self.target, self.layer = target, layer
+        if not 0 <= min_confidence < 1:
+            raise UnknownDrafter(f"min_confidence is at least 0 and below 1, got {min_confidence}")
         self.children: Children = cast(Children, children)
+        self.min_confidence = min_confidence
         self.shape = best_shape(depth if budget is None else budget, depth)
         if target.form != "tree":
             raise UnsupportedModel("early-exit needs a target that takes tree masks; this one decodes chains only")
@@ -76,8 +87,8 @@ class EarlyExitDrafter:
             logits = self._run(shape, level, tokens, hidden)
             return logits[:, [level.index(node) for node in parents]]
 
-        tree = grow_levels(shape, root, self.children, params, chooser, expand)
-        self._run(shape, shape.levels[-1], tree.tokens, hidden, keep_logits=1)
+        tree = grow_levels(shape, root, self.children, params, chooser, expand, min_confidence=self.min_confidence)
+        self._run(shape, shape.levels[len(hidden)], tree.tokens, hidden, keep_logits=1)
         return TokenTree(tree.tokens, tree.shapes, tree.log_q, Resume(self.layer, torch.cat(hidden, 1)))
 
     def _run(

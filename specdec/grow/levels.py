@@ -21,7 +21,14 @@ Expand = Callable[[list[int], Tensor], Tensor]
 
 
 def grow_levels(
-    shape: Shape, root: Tensor, children: Children, params: SamplingParams, chooser: Chooser, expand: Expand
+    shape: Shape,
+    root: Tensor,
+    children: Children,
+    params: SamplingParams,
+    chooser: Chooser,
+    expand: Expand,
+    *,
+    min_confidence: float = 0.0,
 ) -> TokenTree:
     """The tree of this shape whose tokens come from a draft law.
 
@@ -33,18 +40,21 @@ def grow_levels(
         params: the draft law is warped with the same values as the target's.
         chooser: source of the draws.
         expand: runs the draft model.
+        min_confidence: stop below a level on which no path that could go on has this draft probability, in any row.
+            The level itself stays, whatever was drawn there; dropping it would be a hidden rejection and lossy.
     """
     drawn = children == "drawn" and params.do_sample
     tokens = root.new_zeros(root.shape[0], shape.num_nodes)
     tokens[:, 0] = root
     has_mass = torch.ones(tokens.shape, dtype=torch.bool)
+    confidence = torch.ones(tokens.shape)
     log_q: Tensor | None = None
-    for level in shape.levels[:-1]:
-        parents = [node for node in level if shape.topology.children[node]]
+    for depth, level in enumerate(shape.levels[:-1], 1):
+        parents = _with_children(shape, level)
         logits = expand(parents, tokens)
+        law = params.warp(logits) if drawn else logits
         width = max(len(shape.topology.children[node]) for node in parents)
         if drawn:
-            law = params.warp(logits)
             if log_q is None:
                 log_q = law.new_zeros(*tokens.shape, law.shape[-1])
             log_q[:, parents] = law
@@ -52,17 +62,28 @@ def grow_levels(
             mass = law.gather(-1, picked).isfinite().cpu()
         else:
             picked, mass = logits.topk(width, dim=-1).indices, None
+        shares = law.float().softmax(-1).gather(-1, picked).cpu() if min_confidence > 0 else None
         picked = picked.to(tokens.device)
         for index, parent in enumerate(parents):
             nodes = list(shape.topology.children[parent])
             tokens[:, nodes] = picked[:, index, : len(nodes)]
             if mass is not None:
                 has_mass[:, nodes] = mass[:, index, : len(nodes)]
-    if drawn and not bool(has_mass.all()):
+            if shares is not None:
+                confidence[:, nodes] = confidence[:, parent, None] * shares[:, index, : len(nodes)]
+        going_on = _with_children(shape, shape.levels[depth])
+        if shares is not None and going_on and float(confidence[:, going_on].max()) < min_confidence:
+            shape = shape.up_to(depth, shape.width)
+            break
+    num_nodes = shape.num_nodes
+    shapes = (shape.topology,) * tokens.shape[0]
+    if drawn and not bool(has_mass[:, :num_nodes].all()):
         shapes = tuple(topology(_without_massless(shape, row)) for row in has_mass.tolist())
-    else:
-        shapes = (shape.topology,) * tokens.shape[0]
-    return TokenTree(tokens, shapes, log_q)
+    return TokenTree(tokens[:, :num_nodes], shapes, None if log_q is None else log_q[:, :num_nodes])
+
+
+def _with_children(shape: Shape, level: tuple[int, ...]) -> list[int]:
+    return [node for node in level if shape.topology.children[node]]
 
 
 def _without_massless(shape: Shape, has_mass: list[bool]) -> tuple[int, ...]:
