@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -44,9 +45,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_model(path: Path, seed: int, *, layers: int = 2, hidden: int = 32, more_words: int = 0) -> LlamaForCausalLM:
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_tokens([f"<word {index}>" for index in range(more_words)])
     config = LlamaConfig(
-        vocab_size=len(tokenizer) + more_words,
+        vocab_size=len(tokenizer),
         hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=2, num_key_value_heads=1,
         max_position_embeddings=LIMIT, initializer_range=0.3,

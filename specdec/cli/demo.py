@@ -21,7 +21,7 @@ from specdec.cli.text import prompt_ids, read_prompt, text_pieces
 from specdec.demo import prompts
 from specdec.drafters.load import load_drafter
 
-DEFAULT_EXAMPLE = "properties"
+DEFAULT_EXAMPLE = "ordering"
 DEFAULT_DRAFTER = "suffix"
 BAR = 20
 """Characters of a full bar in the acceptance chart."""
