@@ -27,7 +27,7 @@ def check_vocabulary(draft: PreTrainedModel, target: PreTrainedModel) -> None:
     if tokens[0] is not None and tokens[1] is not None:
         if tokens[0] != tokens[1]:
             raise DrafterMismatch(
-                f"the draft model's tokenizer ({len(tokens[0])} tokens) is another one than the target's "
+                f"the draft model's vocabulary ({len(tokens[0])} tokens) is another one than the target's "
                 f"({len(tokens[1])} tokens). Drafter and target must share one tokenizer; choose a draft model of the "
                 "same family."
             )

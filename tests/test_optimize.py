@@ -42,6 +42,7 @@ def test_speculation_on_an_optimized_model_is_exact(model, drafter, batch_size):
     inputs = prompt(batch_size)
     plain = model.generate(**inputs, max_new_tokens=32, do_sample=False)
     ours = specdec.generate(model, **inputs, drafter=drafter, max_new_tokens=32, do_sample=False)
+    assert isinstance(ours, torch.Tensor)
     assert torch.equal(ours, plain)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec.grow.levels import grow_levels
+from specdec.grow.levels import Children, grow_levels
 from specdec.grow.shape import best_shape, chain
 from specdec.sampling import Chooser, SamplingParams
 
 
-def grown(shape, share, min_confidence, children="chosen", rows=1):
+def grown(shape, share, min_confidence, children: Children = "chosen", rows=1):
     """A tree from a law that gives its best token `share` at every node; also the levels that were run."""
     levels = []
 
