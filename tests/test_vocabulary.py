@@ -45,7 +45,7 @@ def test_same_tokens_allow_heads_padded_to_different_widths(tmp_path):
 
 def test_other_tokens_are_refused_at_equal_widths(tmp_path):
     draft = saved(tmp_path, "draft", make_target(1), VOCAB - 5)
-    with pytest.raises(DrafterMismatch, match="vocabulary .95 tokens. is another one"):
+    with pytest.raises(DrafterMismatch, match=r"vocabulary .95 tokens. is another one"):
         check_vocabulary(draft, saved(tmp_path, "target", make_target(0), VOCAB))
 
 
