@@ -10,27 +10,80 @@ Dimensions: B sequences, S prompt length, Q query nodes, W tree columns, N nodes
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from specdec.cache import KVCache
-from specdec.target import Target, TargetOutput
+from specdec.target import Form, Target, TargetOutput
 
 Mask = Tensor | dict[str, Tensor | None] | None
+
+
+class Runner(Protocol):
+    """What a Context asks of a model: a Target has it all, and so has a draft head with attention of its own."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that keep keys and values."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of additive masks."""
+        ...
+
+    @property
+    def form(self) -> Form:
+        """ "tree" when it takes additive 4-D masks."""
+        ...
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Layer kinds; ("full_attention",) for most."""
+        ...
+
+    @property
+    def window(self) -> int | None:
+        """Columns that a sliding-window layer sees."""
+        ...
+
+    @property
+    def chunk(self) -> int | None:
+        """Chunk length of chunked attention."""
+        ...
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        mask: Mask,
+        cache: Cache,
+        *,
+        taps: tuple[int, ...] = (),
+        keep_logits: int = 0,
+    ) -> TargetOutput:
+        """Run on `input_ids`, ids [B, Q] or states [B, Q, D], appending Q columns to the cache."""
+        ...
 
 
 class Context:
     """Cache, row lengths and masks of one model.
 
     Args:
-        target: the model.
+        target: the model; a draft head (see Runner) can do all but `prefill`, `finish` and `run(num_layers=)`.
         capacity: cache columns to allocate at once; the cache grows when they do not suffice.
     """
 
-    def __init__(self, target: Target, capacity: int = 0) -> None:
-        self.target = target
+    def __init__(self, target: Target | Runner, capacity: int = 0) -> None:
+        self.target = cast(Target, target)  # a head lacks only what it is never asked for
         self.cache = KVCache(target.num_layers, capacity)
         self.starts: list[int] = []
         self.lengths: list[int] = []
@@ -152,7 +205,7 @@ class Context:
         if self.target.form == "chain":
             return self._padding_mask()
         single_step = sees.shape[1] == sees.shape[2] == 1
-        if single_step and self.target.has_one_kind("full_attention") and self._is_rectangular:
+        if single_step and self.target.kinds == ("full_attention",) and self._is_rectangular:
             return None
         masks: dict[str, Tensor | None] = {k: self._additive(k, depths, sees) for k in self.target.kinds}
         return masks if len(masks) > 1 else next(iter(masks.values()))

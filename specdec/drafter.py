@@ -26,7 +26,8 @@ class Committed:
         tree: the tree that was scored; None for the prompt.
         logits: raw target logits of every node [B, N, V], rejected ones included; None for the prompt.
         taps: the target's hidden states that the drafter asked for, by index: [B, N, D] by node, or
-            [B, S, D] for the prompt, left-padded as the prompt was.
+            [B, S, D] for the prompt, left-padded as the prompt was. With a cache that the caller passed in, S
+            counts only the prompt's positions that were run: a row's last tokens.
     """
 
     tokens: list[list[int]]
@@ -41,7 +42,7 @@ class Drafter(Protocol):
     """What proposes. B is the number of rows still running."""
 
     taps: tuple[int, ...]
-    """Hidden states wanted, by transformers' `hidden_states` index; () for none."""
+    """Hidden states wanted, by transformers' `hidden_states` index or BEFORE_NORM; () for none."""
 
     def reset(self, batch_size: int, context: Context) -> None:
         """Begin a generation of `batch_size` rows.

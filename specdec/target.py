@@ -28,6 +28,9 @@ Form = Literal["tree", "chain"]
 MASKED_ATTENTION = ("eager", "sdpa", "specdec_sdpa")
 """Attention implementations that take an additive 4-D mask."""
 
+BEFORE_NORM = -1
+"""The tap of the last layer's output before the final norm, which no index of `hidden_states` names."""
+
 RECURRENT_KINDS = ("linear_attention", "conv", "mamba", "recurrent", "hybrid", "mamba2", "moe_mamba")
 
 
@@ -37,7 +40,7 @@ class TargetOutput:
 
     Attributes:
         logits: [B, Q or fewer, V], raw, in the model's dtype.
-        taps: hidden states by transformers' `hidden_states` index, [B, Q, D] each.
+        taps: hidden states by transformers' `hidden_states` index (or BEFORE_NORM), [B, Q, D] each.
         hidden: output of the last layer that ran, before any norm, when layers lo..hi were run.
     """
 
@@ -88,10 +91,6 @@ class Target:
         self._tops: dict[int, nn.ModuleList] = {}
         self._tuple_length: int | None = None
 
-    def has_one_kind(self, kind: str) -> bool:
-        """All layers are of this kind, so that one mask serves them."""
-        return self.kinds == (kind,)
-
     @property
     def num_layers(self) -> int:
         """L, decoder layers."""
@@ -101,6 +100,16 @@ class Target:
     def hidden_size(self) -> int:
         """D."""
         return int(self.config.hidden_size)
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The module that turns ids into the first layer's input."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The module that turns normed states into logits, before any scaling that the family adds."""
+        return cast(nn.Module, self.model.get_output_embeddings())
 
     @property
     def device(self) -> torch.device:
@@ -145,7 +154,7 @@ class Target:
             mask: additive [B, 1, Q, C + Q], one per layer kind for models with several, or None for
                 the model's own causal mask.
             cache: appended to.
-            taps: `hidden_states` indices to return.
+            taps: `hidden_states` indices to return, or BEFORE_NORM.
             keep_logits: logits of the last so many positions only; 0 for all.
         """
         kwargs: dict[str, Any] = {}
@@ -153,15 +162,38 @@ class Target:
             kwargs["position_ids"] = positions
         if self.takes_logits_to_keep:
             kwargs["logits_to_keep"] = keep_logits
-        if taps:
-            kwargs["output_hidden_states"] = list(taps)
-        output = self.model(
-            input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, return_dict=True, **kwargs
+        output = self.call(
+            taps, input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs
         )
-        logits = output.logits
         if keep_logits and not self.takes_logits_to_keep:
-            logits = logits[:, -keep_logits:]
-        return TargetOutput(logits, {tap: output.hidden_states[tap] for tap in taps})
+            output.logits = output.logits[:, -keep_logits:]
+        return output
+
+    def call(self, taps: tuple[int, ...], **inputs: Any) -> TargetOutput:
+        """The model's own forward with these keyword arguments, and the taps of every position that ran."""
+        indices = [tap for tap in taps if tap != BEFORE_NORM]
+        if indices:
+            inputs["output_hidden_states"] = indices
+        with self._last_layer(BEFORE_NORM in taps) as last:
+            output = self.model(**inputs, return_dict=True)
+        return TargetOutput(output.logits, {tap: output.hidden_states[tap] for tap in indices} | last)
+
+    @contextmanager
+    def _last_layer(self, wanted: bool) -> Iterator[dict[int, Tensor]]:
+        """Collects the last layer's output under BEFORE_NORM while the model runs, when it is wanted."""
+        collected: dict[int, Tensor] = {}
+        if not wanted:
+            yield collected
+            return
+
+        def store(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            collected[BEFORE_NORM] = output[0] if isinstance(output, tuple) else output
+
+        hook = self.layers[-1].register_forward_hook(store)
+        try:
+            yield collected
+        finally:
+            hook.remove()
 
     def forward_bottom(
         self,
@@ -213,29 +245,28 @@ class Target:
         for stand_in in given:
             stand_in.output = output
         collected: dict[int, Tensor] = {}
-        hooks = [self._collect(tap, first_layer, collected) for tap in taps]
+        hooks = [self._collect(tap, first_layer, collected) for tap in taps if tap != BEFORE_NORM]
+        last = tuple(tap for tap in taps if tap == BEFORE_NORM)
         try:
             with self._swapped(self._top(first_layer)):
-                result = self.forward(input_ids, positions, mask, cache)
+                result = self.forward(input_ids, positions, mask, cache, taps=last)
         finally:
             for hook in hooks:
                 hook.remove()
             for stand_in in given:
                 stand_in.output = None
-        result.taps = collected
+        result.taps |= collected
         return result
 
     def _collect(self, tap: int, first_layer: int, collected: dict[int, Tensor]) -> Any:
         """A hook that stores hidden_states[tap]; with layers replaced, transformers' own capture miscounts."""
-        index = tap if tap >= 0 else self.num_layers + 1 + tap
-        if index == self.num_layers:
+        if tap == self.num_layers:
             raise ValueError("the tap after the final norm is not available in a resumed forward")
-        assert index > first_layer or index == first_layer
 
         def store(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             collected[tap] = args[0] if args else kwargs["hidden_states"]
 
-        return self.layers[index].register_forward_pre_hook(store, with_kwargs=True)
+        return self.layers[tap].register_forward_pre_hook(store, with_kwargs=True)
 
     def _bottom(self, num_layers: int) -> nn.ModuleList:
         if num_layers not in self._bottoms:

@@ -58,20 +58,18 @@ class Verifier:
         if past is not None and past_length:
             self.context.cache = KVCache.copy_of(past, self.target.num_layers, self._capacity)
         kwargs["past_key_values"] = self.context.cache
-        if self.taps:
-            kwargs["output_hidden_states"] = list(self.taps)
         inputs = cast(Any, self.target.model).prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=_uncached_length(input_ids, past_length, generation_config, kwargs),
             is_first_iteration=True,
             **kwargs,
         )
-        output = self.target.model(**inputs, return_dict=True)
+        output = self.target.call(self.taps, **inputs)
         padding_mask = model_kwargs.get("attention_mask")
         length = self.context.cache.get_seq_length()
         self.context.begin(_padding_counts(padding_mask, input_ids.shape[0]), length)
         self._rows = list(range(input_ids.shape[0]))
-        return TargetOutput(output.logits[:, -1:], {tap: output.hidden_states[tap] for tap in self.taps})
+        return TargetOutput(output.logits[:, -1:], output.taps)
 
     def score(self, tree: TokenTree) -> TargetOutput:
         """Logits [B, N, V] and taps of every node; the cache now holds the whole tree until `commit`.
