@@ -4,7 +4,10 @@
     ├── UnsupportedModel       the target cannot be verified as asked; use another class of model
     ├── UnsupportedGeneration  a generate() option that speculation cannot honour exactly
     ├── UnknownDrafter         no drafter of that name, no such path, or a malformed option
-    └── DrafterMismatch        drafter and target do not belong together
+    ├── DrafterMismatch        drafter and target do not belong together
+    ├── BadRecipe              a training setting that does not exist or does not fit the others
+    ├── BadData                training text that cannot be read, or that supervises nothing
+    └── BadCheckpoint          files that are not what they claim, or belong to another run
 
 Every message says what was wrong, what was got, what was expected and what to do.
 """
@@ -30,3 +33,15 @@ class UnknownDrafter(SpecdecError):
 
 class DrafterMismatch(SpecdecError):
     """A drafter that was made for another target: vocabulary, hidden size or layers differ."""
+
+
+class BadRecipe(SpecdecError):
+    """A training setting that does not exist, or that contradicts another."""
+
+
+class BadData(SpecdecError):
+    """Training text that cannot be read, or that would supervise nothing."""
+
+
+class BadCheckpoint(SpecdecError):
+    """Files that are truncated, of another kind, or of another run than they should be."""
