@@ -1,0 +1,1 @@
+"""Spec-Bench style evaluation: several drafters and the baselines on the same prompts, in one process."""
