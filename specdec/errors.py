@@ -7,6 +7,7 @@
     ├── DrafterMismatch        drafter and target do not belong together
     ├── BadRecipe              a training setting that does not exist or does not fit the others
     ├── BadData                training text that cannot be read, or that supervises nothing
+    ├── BadQuestions           a benchmark question file that cannot be read, or a download that is not what was asked for
     └── BadCheckpoint          files that are not what they claim, or belong to another run
 
 Every message says what was wrong, what was got, what was expected and what to do.
@@ -45,3 +46,7 @@ class BadData(SpecdecError):
 
 class BadCheckpoint(SpecdecError):
     """Files that are truncated, of another kind, or of another run than they should be."""
+
+
+class BadQuestions(SpecdecError):
+    """Benchmark questions that cannot be found, fetched, read or selected; names file and line where there are any."""
