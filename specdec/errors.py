@@ -7,7 +7,7 @@
     ├── DrafterMismatch        drafter and target do not belong together
     ├── BadRecipe              a training setting that does not exist or does not fit the others
     ├── BadData                training text that cannot be read, or that supervises nothing
-    ├── BadQuestions           a benchmark question file that cannot be read, or a download that is not what was asked for
+    ├── BadQuestions           benchmark questions that cannot be found, fetched, read or selected
     └── BadCheckpoint          files that are not what they claim, or belong to another run
 
 Every message says what was wrong, what was got, what was expected and what to do.
