@@ -22,11 +22,13 @@ MODELS = {
     "specdec.cache",
     "specdec.target",
     "specdec.version",
+    "specdec.fit",
     *TREES,
 }
 DRAFTING = {"specdec.drafter", "specdec.grow", *MODELS}
 STEPS = {"specdec.drafter", "specdec.emitter", "specdec.acceptance", "specdec.verifier", "specdec.stats", *MODELS}
-LIBRARY = {"specdec.api", "specdec.decode", "specdec.drafters", "specdec.heads", "specdec.demo", *STEPS, *DRAFTING}
+LIBRARY = {"specdec.api", "specdec.decode", "specdec.drafters", "specdec.heads", "specdec.formats", "specdec.demo"}
+LIBRARY |= {*STEPS, *DRAFTING}
 
 # The longest matching prefix of a module's name wins ("specdec" stands for specdec/__init__.py alone); the value is
 # what it may import from this project, submodules included. Lower rows know nothing of higher ones.
@@ -46,7 +48,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specdec.train": LIBRARY,
     "specdec.api": {"specdec.decode", "specdec.drafters.load", *STEPS},
     "specdec.decode": STEPS,
-    "specdec.drafters.load": {"specdec.drafters", "specdec.demo", *DRAFTING},
+    "specdec.drafters.load": {"specdec.drafters", "specdec.formats", "specdec.demo", *DRAFTING},
+    "specdec.drafters.head": {"specdec.formats", "specdec.heads", "specdec.drafters.directory", "specdec.errors"},
+    "specdec.formats": {"specdec.heads", "specdec.drafters.directory", "specdec.errors"},
+    "specdec.drafters.directory": {"specdec.errors"},
     "specdec.drafters": {"specdec.heads", *DRAFTING},
     "specdec.heads": DRAFTING,
     "specdec.acceptance": {"specdec.emitter", *TREES},
@@ -54,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specdec.verifier": MODELS,
     "specdec.drafter": {"specdec.context", *TREES},
     "specdec.grow": TREES,
+    "specdec.fit": {"specdec.target", "specdec.errors"},
     "specdec.probe": {"specdec.context", "specdec.target", "specdec.tree", "specdec.errors", "specdec.version"},
     "specdec.context": {"specdec.cache", "specdec.target"},
     "specdec.target": {"specdec.errors"},
@@ -68,7 +74,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specdec.version": set(),
 }
 
-SELF_CONTAINED = {"specdec.cli", "specdec.bench", "specdec.train", "specdec.heads", "specdec.grow", "specdec.demo"}
+SELF_CONTAINED = {
+    "specdec.cli",
+    "specdec.formats",
+    "specdec.bench",
+    "specdec.train",
+    "specdec.heads",
+    "specdec.grow",
+    "specdec.demo",
+}
 """Packages whose modules may import each other. Not specdec.drafters: one drafter does not build on another."""
 
 ABOVE_THE_CORE = ("specdec.__main__", "specdec.cli", "specdec.bench", "specdec.train")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from specdec.errors import DrafterMismatch, UnknownDrafter
 
 FORMAT_VERSION = 1
+_OF_HEADS = ("head", "extra")
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,19 @@ class DrafterJson:
     """Contents of drafter.json.
 
     Attributes:
-        kind: "draft-model" (the model lies beside this file) or a drafter word.
+        kind: "draft-model" (the model lies beside this file), a drafter word, or a kind of draft head.
         options: option strings as in a drafter specification.
         target: the fingerprint of the target, see `fingerprint`; an absent field fits any.
+        head: a draft head's configuration; its tensors lie beside this file. None for the other kinds.
+        extra: what a head's earlier format said beyond that, kept for a rewrite.
         format_version: of this file.
     """
 
     kind: str
     options: dict[str, str] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
+    head: dict[str, Any] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
@@ -52,9 +57,10 @@ def tokenizer_hash(path: Path) -> str | None:
 
 
 def write_drafter_json(path: Path, described: DrafterJson) -> None:
-    """Write drafter.json into a directory, creating it."""
+    """Write drafter.json into a directory, creating it; fields of heads only where there is one."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "drafter.json").write_text(json.dumps(asdict(described), indent=2) + "\n")
+    raw = {key: value for key, value in asdict(described).items() if described.head is not None or key not in _OF_HEADS}
+    (path / "drafter.json").write_text(json.dumps(raw, indent=2) + "\n")
 
 
 def read_drafter_json(path: Path) -> DrafterJson:
@@ -74,20 +80,31 @@ def read_drafter_json(path: Path) -> DrafterJson:
         raise UnknownDrafter(f"{file} has format version {version}; this specdec reads version {FORMAT_VERSION}")
     if not isinstance(raw, dict) or "kind" not in raw or set(raw) - set(known):
         raise UnknownDrafter(f"{file} must be an object with 'kind' and otherwise only {', '.join(known)}")
-    options, target = raw.get("options", {}), raw.get("target", {})
-    if not isinstance(raw["kind"], str) or not isinstance(options, dict) or not isinstance(target, dict):
-        raise UnknownDrafter(f"{file}: 'kind' is a string, 'options' and 'target' are objects")
-    return DrafterJson(raw["kind"], {key: str(value) for key, value in options.items()}, target)
+    objects = {name: raw.get(name, {}) for name in ("options", "target", "head", "extra")}
+    if not isinstance(raw["kind"], str) or not all(isinstance(value, dict) for value in objects.values()):
+        raise UnknownDrafter(f"{file}: 'kind' is a string, {', '.join(map(repr, objects))} are objects")
+    options = {key: str(value) for key, value in objects["options"].items()}
+    return DrafterJson(raw["kind"], options, objects["target"], raw.get("head"), objects["extra"])
 
 
 def check_fingerprint(described: DrafterJson, path: Path, model: PreTrainedModel) -> None:
+    """`check_target` with what drafter.json says."""
+    check_target(described.target, path, model)
+
+
+def check_target(target: dict[str, Any], path: Path, model: PreTrainedModel) -> None:
     """Refuse a drafter that was made for another target.
+
+    Args:
+        target: what its files say of the target, in the words of `fingerprint`; other words are not compared.
+        path: of the drafter, for the message.
+        model: the target.
 
     Raises:
         DrafterMismatch: names every field that differs.
     """
     actual = fingerprint(model)
-    wrong = [f"{key} {actual[key]} (drafter: {value})" for key, value in described.target.items()
+    wrong = [f"{key} {actual[key]} (drafter: {value})" for key, value in target.items()
              if key in actual and actual[key] != value]  # fmt: skip
     if wrong:
         raise DrafterMismatch(f"the drafter in {path} was made for another target; this one has {', '.join(wrong)}")

@@ -1,4 +1,4 @@
-"""From a drafter's name to a drafter: `WORD[:option=value,...]`, a model path, or a drafter directory.
+"""From a drafter's name to a drafter: `WORD[:option=value,...]`, a model path, a drafter directory or a published head.
 
 lookup:ngram=3,tokens=10          prompt lookup
 suffix:budget=12,branches=2       suffix automaton
@@ -7,6 +7,7 @@ early-exit:layer=2,depth=3        the target's own first layers
 demo-draft:depth=4,budget=12      the draft model that ships with specdec
 path/to/model:depth=4,budget=12   a draft model
 path/to/drafter                   a directory with drafter.json
+path/to/heads:budget=30           a draft head in any format of specdec.formats
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from weakref import WeakKeyDictionary
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from specdec import formats
 from specdec.demo import draft_path
 from specdec.drafter import Drafter
 from specdec.drafters.directory import check_fingerprint, read_drafter_json
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
+from specdec.drafters.head import head_for
 from specdec.drafters.lookup import LookupDrafter
+from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.recycling import RecyclingDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.errors import DrafterMismatch, UnknownDrafter
@@ -40,7 +44,12 @@ WORDS: dict[str, Callable[..., Drafter]] = {
     "early-exit": EarlyExitDrafter,
     "demo-draft": DraftModelDrafter,
 }
-NOT_OPTIONS = {"self", "target", "vocab_size", "shape"}
+HEAD_DRAFTERS: dict[str, Callable[..., Drafter]] = {
+    "medusa": MedusaDrafter,
+}
+"""What drafts with each kind of head in `specdec.heads.kinds.HEADS`; called with the target, the head and options."""
+
+NOT_OPTIONS = {"self", "target", "head", "vocab_size", "shape"}
 
 _drafts: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], PreTrainedModel]] = WeakKeyDictionary()
 
@@ -56,6 +65,7 @@ def load_drafter(spec: Drafter | PreTrainedModel | str | Path | None, model: Pre
     Raises:
         UnknownDrafter: nothing of that name, a path that is not there, or a wrong option.
         DrafterMismatch: made for another target.
+        BadCheckpoint: a draft head whose files are not what they claim.
     """
     if spec is None:
         return None
@@ -134,15 +144,24 @@ def _from_path(path: Path, options: dict[str, str], model: PreTrainedModel) -> D
         described = read_drafter_json(path)
         check_fingerprint(described, path, model)
         options = {**described.options, **options}
+        if described.head is not None:
+            return _head_drafter(path, options, model)
         if described.kind in WORDS:
             return _from_word(described.kind, options, model)
         if described.kind != "draft-model":
-            words = ", ".join(["draft-model", *sorted(WORDS)])
+            words = ", ".join(["draft-model", *sorted(WORDS), *(f"{kind} with 'head'" for kind in HEAD_DRAFTERS)])
             raise UnknownDrafter(f"{path / 'drafter.json'} is of kind {described.kind!r}; known kinds are {words}")
+    elif formats.detect(path) is not None:
+        return _head_drafter(path, options, model)
     elif not (path / "config.json").is_file():
-        raise UnknownDrafter(f"{path} holds neither drafter.json nor a model's config.json")
+        raise UnknownDrafter(f"{path} holds neither drafter.json, nor a draft head, nor a model's config.json")
     values = typed_options("draft-model", DraftModelDrafter, options)
     return _draft_model(draft_for(path, model), model, values)
+
+
+def _head_drafter(path: Path, options: dict[str, str], model: PreTrainedModel) -> Drafter:
+    kind, head = head_for(path, model)
+    return HEAD_DRAFTERS[kind](target_of(model), head, **typed_options(kind, HEAD_DRAFTERS[kind], options))
 
 
 def _draft_model(draft: PreTrainedModel, model: PreTrainedModel, options: dict[str, Any]) -> Drafter:

@@ -1,0 +1,65 @@
+"""Draft heads from files: read once for each target, checked against it, on its device and in its dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PreTrainedModel
+
+from specdec import formats
+from specdec.drafters.directory import check_target
+from specdec.errors import DrafterMismatch
+from specdec.formats.checkpoint import HeadCheckpoint
+from specdec.heads.kinds import HEADS
+
+_heads: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], tuple[str, nn.Module]]] = WeakKeyDictionary()
+
+
+def head_for(path: Path, model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """Kind and module of the head in `path`, ready to draft for this target.
+
+    Kept as long as the target lives, so that a call of `generate` by name does not read it anew; changed files are.
+
+    Raises:
+        BadCheckpoint: the files are not what they claim.
+        DrafterMismatch: made for another target.
+    """
+    found = path.iterdir() if path.is_dir() else [path]
+    files = tuple(sorted((file.name, file.stat().st_mtime_ns) for file in found))
+    key = (path.resolve(), files, model.dtype, model.device)
+    kept = _heads.setdefault(model, {})
+    if key not in kept:
+        checkpoint = formats.read(path)
+        check_target(checkpoint.target, path, model)
+        _require_its_own_base(checkpoint, path, model)
+        kept[key] = (checkpoint.kind, build_head(checkpoint, model.dtype).to(model.device))
+    return kept[key]
+
+
+def build_head(checkpoint: HeadCheckpoint, dtype: torch.dtype) -> nn.Module:
+    """The module with the checkpoint's tensors, in evaluation mode.
+
+    Only what is stored is converted: buffers that the module computes, rotary frequencies above all, stay in float32.
+    """
+    with init_empty_weights(include_buffers=False):
+        head = HEADS[checkpoint.kind].head(checkpoint.config)
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in checkpoint.tensors.items()}
+    head.load_state_dict(tensors, strict=True, assign=True)
+    return head.eval().requires_grad_(False)
+
+
+def _require_its_own_base(checkpoint: HeadCheckpoint, path: Path, model: PreTrainedModel) -> None:
+    """Heads that were trained together with their target fit the weights beside them and no others."""
+    if checkpoint.base is None:
+        return
+    loaded_from = model.name_or_path or ""
+    if not loaded_from or Path(loaded_from).resolve() != checkpoint.base.resolve():
+        raise DrafterMismatch(
+            f"{path} holds heads together with the model that they were trained with; the target is that model: "
+            f"load it with AutoModelForCausalLM.from_pretrained({str(checkpoint.base)!r}), got {loaded_from or "another model"!r}"
+        )
