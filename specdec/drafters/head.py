@@ -61,5 +61,5 @@ def _require_its_own_base(checkpoint: HeadCheckpoint, path: Path, model: PreTrai
     if not loaded_from or Path(loaded_from).resolve() != checkpoint.base.resolve():
         raise DrafterMismatch(
             f"{path} holds heads together with the model that they were trained with; the target is that model: "
-            f"load it with AutoModelForCausalLM.from_pretrained({str(checkpoint.base)!r}), got {loaded_from or "another model"!r}"
+            f"load it with AutoModelForCausalLM.from_pretrained({str(checkpoint.base)!r}), got {loaded_from!r}"
         )
