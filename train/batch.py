@@ -1,0 +1,114 @@
+"""A batch of training rows: tokens, where documents begin, what is supervised, and what the target computed.
+
+Dimensions: R rows, S row length, D the target's hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specdec.train.order import Piece, Row, derived_seed
+
+PADDING = -1
+"""`documents` of columns that hold no token."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text as ids; `supervised[t]` says that token t is one the drafter shall learn to predict."""
+
+    ids: Tensor
+    supervised: Tensor
+    taps: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Documents(Protocol):
+    """Prepared texts, in memory or on disk."""
+
+    lengths: tuple[int, ...]
+
+    def piece(self, piece: Piece) -> Document:
+        """Tokens [start, stop) of one document."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """R rows of S tokens.
+
+    Attributes:
+        ids: [R, S].
+        positions: [R, S], starting at 0 in every document.
+        documents: [R, S] number of the piece within its row, PADDING where there is no token.
+        supervised: bool [R, S], token t is to be predicted.
+        row_numbers: R numbers of the rows over the whole run; noise is derived from them, so that it does not depend
+            on how rows are spread over processes.
+        seed: of the run.
+        taps: the target's hidden states by `hidden_states` index, [R, S, D] each.
+        logits: the target's, [R, S, V]; at t they are the law of token t + 1.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    documents: Tensor
+    supervised: Tensor
+    row_numbers: tuple[int, ...]
+    seed: int = 0
+    taps: dict[int, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+
+    @property
+    def num_supervised(self) -> int:
+        """Supervised tokens that have a predecessor in their document: the denominator of a loss."""
+        return int(self.drafts(1).sum())
+
+    def drafts(self, ahead: int) -> Tensor:
+        """Bool [R, S]: from position t, token t + ahead is supervised and belongs to the same document.
+
+        The one place that says which token a position predicts. Example: ids a b c d, one document, c and d
+        supervised. ahead=1: positions 1, 2 (b predicts c, c predicts d). ahead=2: positions 0, 1. The target's own
+        law of token t + ahead stands at logits[t + ahead - 1].
+        """
+        result = torch.zeros_like(self.supervised)
+        if ahead < self.ids.shape[1]:
+            same = (self.documents[:, ahead:] == self.documents[:, :-ahead]) & (self.documents[:, ahead:] != PADDING)
+            result[:, :-ahead] = self.supervised[:, ahead:] & same
+        return result
+
+    def generator(self, row: int, purpose: str) -> torch.Generator:
+        """Random numbers of one row for one purpose, the same whoever computes it."""
+        return torch.Generator().manual_seed(derived_seed(self.seed, purpose, self.row_numbers[row]))
+
+    def to(self, device: torch.device) -> TrainBatch:
+        """The same batch on a device."""
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "positions", "documents", "supervised")}
+        taps = {tap: value.to(device) for tap, value in self.taps.items()}
+        return replace(self, **moved, taps=taps, logits=None if self.logits is None else self.logits.to(device))
+
+    @staticmethod
+    def of_rows(
+        documents: Documents, rows: list[Row], row_numbers: list[int], row_length: int, seed: int = 0
+    ) -> TrainBatch:
+        """Read the pieces of these rows and lay them out, padded on the right."""
+        shape = (len(rows), row_length)
+        ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        owner, supervised = torch.full(shape, PADDING), torch.zeros(shape, dtype=torch.bool)
+        taps: dict[int, Tensor] = {}
+        for index, row in enumerate(rows):
+            column = 0
+            for number, piece in enumerate(row):
+                document = documents.piece(piece)
+                end = column + len(document.ids)
+                ids[index, column:end] = document.ids
+                positions[index, column:end] = torch.arange(end - column)
+                owner[index, column:end] = number
+                supervised[index, column:end] = document.supervised
+                for tap, states in document.taps.items():
+                    taps.setdefault(tap, states.new_zeros(*shape, states.shape[-1]))[index, column:end] = states
+                column = end
+            positions[index, column:] = torch.arange(row_length - column)
+        return TrainBatch(ids, positions, owner, supervised, tuple(row_numbers), seed, taps)

@@ -1,0 +1,141 @@
+"""Checkpoints that survive being killed at any moment.
+
+A checkpoint is a directory `step-000123`. It is written under another name, flushed to the disk and renamed, so that
+a directory of that name is always whole. `latest` and `best` are relative links, replaced by a rename as well.
+Rotation removes older ones, never what a link points to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from specdec.errors import BadCheckpoint
+
+STATE = "state.json"
+_NAME = re.compile(r"step-(\d+)$")
+_UNFINISHED = ".unfinished-"
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: created when first written to.
+        keep: how many to keep, beside what `best` points to; at least 1.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = max(keep, 1)
+
+    def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
+        """Write one: `write` fills the directory, `state` is stored as JSON beside.
+
+        Raises:
+            OSError: the disk is full or not writable; earlier checkpoints are untouched.
+        """
+        final = self.folder / f"step-{step:06d}"
+        unfinished = self.folder / f"{_UNFINISHED}{final.name}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.clear_unfinished()
+        unfinished.mkdir()
+        try:
+            write(unfinished)
+            (unfinished / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+            flush(unfinished)
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(unfinished, final)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        _flush_directory(self.folder)
+        self.link("latest", final)
+        self.rotate()
+        return final
+
+    def link(self, name: str, checkpoint: Path) -> None:
+        """Let `name` point to a checkpoint, in one move."""
+        fresh = self.folder / f"{_UNFINISHED}{name}"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(checkpoint.name)
+        os.replace(fresh, self.folder / name)
+        _flush_directory(self.folder)
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint; links are not trusted, names are."""
+        return max(self.all(), key=step_of, default=None)
+
+    def best(self) -> Path | None:
+        """What `best` points to."""
+        link = self.folder / "best"
+        return link.resolve() if link.exists() else None
+
+    def all(self) -> list[Path]:
+        """Every whole checkpoint."""
+        if not self.folder.is_dir():
+            return []
+        return [path for path in self.folder.iterdir() if _NAME.match(path.name) and (path / STATE).is_file()]
+
+    def rotate(self) -> None:
+        """Remove the oldest beyond `keep`, but not the best."""
+        best = self.best()
+        for path in sorted(self.all(), key=step_of)[: -self.keep]:
+            if best is None or path.resolve() != best:
+                shutil.rmtree(path)
+
+    def clear_unfinished(self) -> None:
+        """Remove what a killed save left."""
+        for path in self.folder.glob(f"{_UNFINISHED}*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    found = _NAME.match(checkpoint.name)
+    if not found:
+        raise BadCheckpoint(f"{checkpoint} is not a checkpoint directory; those are called step-NNNNNN")
+    return int(found[1])
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint.
+
+    Raises:
+        BadCheckpoint: missing or not an object.
+    """
+    try:
+        state = json.loads((checkpoint / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise BadCheckpoint(f"{checkpoint / STATE} cannot be read: {error}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise BadCheckpoint(f"{checkpoint / STATE} is no checkpoint state: it has no step")
+    return state
+
+
+def flush(folder: Path) -> None:
+    """Force every file of a directory onto the disk, then the directories."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            _flush_directory(path)
+    _flush_directory(folder)
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,132 @@
+"""What a step of training minimises: terms, each a loss for every position, weighted and summed.
+
+The sum is divided by the number of supervised tokens of the whole accumulation window over all processes, which is
+known from the masks before any forward; so accumulation and several processes give the same gradient as one big
+batch, to rounding.
+
+Dimensions: M positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdec.errors import BadRecipe
+from specdec.train.divergence import acceptance, divergence
+
+POSITIONS_AT_ONCE = 4096
+"""Rows of [M, V] in fp32 that a divergence works on at a time; bounds memory for large vocabularies."""
+
+
+@dataclass
+class Term:
+    """One addend of the loss.
+
+    Attributes:
+        name: "depth 1", "features", ...
+        losses: [M], one for each position, unweighted.
+        weight: of the whole term.
+        alpha: [M] acceptance sum min(p, q) at the same positions, without gradient; None where there is no law.
+        hits: [M] bool, draft and target agree on the most probable token; None where there is no law.
+        depth: 1, 2, ... of the drafted token; 0 for a term that drafts nothing.
+    """
+
+    name: str
+    losses: Tensor
+    weight: float = 1.0
+    alpha: Tensor | None = None
+    hits: Tensor | None = None
+    depth: int = 0
+
+    @property
+    def total(self) -> Tensor:
+        """Weighted sum over positions."""
+        return self.weight * self.losses.sum()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How far a draft law is from the target's, by depth.
+
+    Args:
+        divergence: a name of `train.divergence`, such as "forward-kl" or "jsd:0.3".
+        decay: depth d weighs decay ** (d - 1).
+        temperature: both laws are taken at this temperature.
+
+    Raises:
+        BadRecipe: a divergence that does not exist, a decay outside (0, 1], a temperature that is not positive.
+    """
+
+    divergence: str = "forward-kl"
+    decay: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        divergence(self.divergence)
+        if not 0 < self.decay <= 1:
+            raise BadRecipe(f"decay lies in (0, 1], got {self.decay}")
+        if not self.temperature > 0:
+            raise BadRecipe(f"the temperature of the loss is positive, got {self.temperature}")
+
+    def term(
+        self, depth: int, draft: Tensor, target: Tensor, *, position_weights: Tensor | None = None, weight: float = 1.0
+    ) -> Term:
+        """The term of one depth.
+
+        Args:
+            depth: 1 for the first drafted token.
+            draft: logits [M, V] with gradient.
+            target: logits [M, V] over the same vocabulary.
+            position_weights: [M], constants such as D-PACE's or a token filter's 0 and 1.
+            weight: beside the decay.
+        """
+        distance = divergence(self.divergence)
+        losses, alphas, hits = [], [], []
+        for q, p in zip(draft.split(POSITIONS_AT_ONCE), target.split(POSITIONS_AT_ONCE), strict=True):
+            losses.append(distance(q / self.temperature, p / self.temperature))
+            with torch.no_grad():
+                alphas.append(acceptance(q, p))
+                hits.append(q.argmax(-1) == p.argmax(-1))
+        if not losses:
+            empty = draft.sum(-1)
+            return Term(f"depth {depth}", empty, 0.0, empty.detach(), empty.detach().bool(), depth)
+        values = torch.cat(losses)
+        if position_weights is not None:
+            values = values * position_weights
+        return Term(
+            f"depth {depth}", values, weight * self.decay ** (depth - 1), torch.cat(alphas), torch.cat(hits), depth
+        )
+
+
+def confidence_weights(draft: list[Tensor], tokens: list[Tensor], smoothing: float = 0.5) -> list[Tensor]:
+    """D-PACE's weights for a block of K depths at the same M positions (arXiv 2605.18810).
+
+    With q'_m = (1 - a) q_m + a, where q_m is the draft's probability of the token that came at depth m, depth j
+    weighs sum_{m >= j} prod_{i <= m} q'_i: what the expected accepted length loses when depth j fails. No gradient.
+
+    Args:
+        draft: K logits [M, V].
+        tokens: K ids [M] that the target's text has there.
+        smoothing: a.
+
+    Returns:
+        K weights [M].
+    """
+    with torch.no_grad():
+        chosen = [q.float().softmax(-1).gather(-1, t[:, None])[:, 0] for q, t in zip(draft, tokens, strict=True)]
+        smooth = (1 - smoothing) * torch.stack(chosen) + smoothing
+        reach = smooth.cumprod(0)
+        return list(reach.flip(0).cumsum(0).flip(0))
+
+
+def hardest(losses: Tensor, reference: Tensor, share: float) -> Tensor:
+    """AdaSPEC's filter: 1 for the `share` of positions with the largest loss above a reference draft's, else 0.
+
+    arXiv 2510.19779: what a reference draft already does as well cannot be gained; [M] each.
+    """
+    count = max(1, round(share * losses.numel())) if losses.numel() else 0
+    kept = (losses - reference).detach().topk(count).indices
+    return torch.zeros_like(losses).index_fill(0, kept, 1.0)
