@@ -50,6 +50,7 @@ def generate(
     drafter: Drafter | PreTrainedModel | str | Path | None = "lookup",
     rule: Rule = "auto",
     generator: torch.Generator | None = None,
+    stats: DecodeStats | None = None,
     **kwargs: Any,
 ) -> Tensor | SpeculativeOutput:
     """`model.generate(inputs, **kwargs)`, faster and with the same output.
@@ -61,6 +62,7 @@ def generate(
             a drafter directory; a loaded draft model; a Drafter; or None for plain decoding in the same loop.
         rule: acceptance rule; "auto" picks the lossless one for the drafter's trees.
         generator: source of randomness for sampling; torch's global one otherwise.
+        stats: a fresh DecodeStats to be filled, for whoever wants counts and times without the rest of the output.
         **kwargs: anything `model.generate` takes.
 
     Returns:
@@ -74,7 +76,7 @@ def generate(
         >>> output = specdec.generate(model, **inputs, drafter="suffix", max_new_tokens=64)
     """
     target = target_of(model)
-    run = _Generation(target, load_drafter(drafter, model), rule, generator)
+    run = _Generation(target, load_drafter(drafter, model), rule, generator, stats)
     arguments = run.bind(inputs, kwargs)
     try:
         return _plain_generate(model)(model, inputs, custom_generate=run, **arguments)
@@ -90,9 +92,9 @@ def generate(
 def attach(model: PreTrainedModel, drafter: Drafter | PreTrainedModel | str | Path) -> PreTrainedModel:
     """Make `model.generate(...)` speculative, and with it pipelines and anything else that calls it.
 
-    The drafter is loaded and checked now. Keyword arguments `drafter=`, `rule=` and `generator=` still override per
-    call. Returns the model. Attaching again replaces the drafter; `detach` restores. A deep copy of the model, and
-    a pickle, are attached to a copy of the drafter; `save_pretrained` writes the model alone.
+    The drafter is loaded and checked now. Keyword arguments `drafter=`, `rule=`, `generator=` and `stats=` still
+    override per call. Returns the model. Attaching again replaces the drafter; `detach` restores. A deep copy of the
+    model, and a pickle, are attached to a copy of the drafter; `save_pretrained` writes the model alone.
 
     Raises:
         SpecdecError: the model or the drafter does not serve; the model is left as it was.
@@ -136,9 +138,17 @@ def _plain_generate(model: PreTrainedModel) -> Callable[..., Any]:
 class _Generation:
     """One call: what transformers' preparation hands over, plus what it drops."""
 
-    def __init__(self, target: Target, drafter: Drafter | None, rule: Rule, generator: torch.Generator | None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        rule: Rule,
+        generator: torch.Generator | None,
+        stats: DecodeStats | None,
+    ) -> None:
         self.target, self.drafter, self.generator = target, drafter, generator
         self.rule: Rule = rule
+        self.stats = DecodeStats() if stats is None else stats
         self.streamer: Any = None
         self._verifier: Verifier | None = None
         self._prompt_length = 0
@@ -195,7 +205,7 @@ class _Generation:
             park=keeps_cache,
         )
         self._verifier, self._prompt_length = verifier, input_ids.shape[1]
-        stats = DecodeStats()
+        stats = self.stats
         stream = _Stream(self.streamer, emitter)
         for step in decode(
             verifier, self.drafter, emitter, input_ids, generation_config, model_kwargs, stats, rule=self.rule

@@ -70,8 +70,9 @@ def decode(
                 acceptance = accept(tree, output.logits.to(input_ids.device), emitter, rows, rule)
                 verifier.commit(acceptance.paths)
             if drafter is not None:
-                drafter.observe(_committed(tree, acceptance, output.logits, output.taps))
-            _record(stats, tree, acceptance, [emitter.finished[row] for row in rows])
+                with stats.timing("draft"):
+                    drafter.observe(_committed(tree, acceptance, output.logits, output.taps))
+            _record(stats, tree, acceptance, rows, emitter.finished)
         yield StepResult(rows, acceptance.tokens)
 
 
@@ -149,15 +150,19 @@ def _committed(tree: TokenTree, acceptance: Acceptance, logits: Tensor, taps: di
     return Committed(tokens, nodes, tree, logits, taps)
 
 
-def _record(stats: DecodeStats, tree: TokenTree, acceptance: Acceptance, finished: list[bool]) -> None:
+def _record(stats: DecodeStats, tree: TokenTree, acceptance: Acceptance, rows: list[int], finished: list[bool]) -> None:
     stats.target_calls += 1
+    stats.drawn |= tree.log_q is not None
+    stats.only_chains &= tree.is_chain
     ids = tree.tokens.tolist()
     drafted = tree.num_drafted
     for row, (path, tokens) in enumerate(zip(acceptance.paths, acceptance.tokens, strict=True)):
         shape = tree.shapes[row]
         children = shape.children[path[-1] if path else 0]
         # A row that a criterion ended on a proposed token accepted that token too.
-        ended_inside = finished[row] and any(ids[row][child] == tokens[-1] for child in children)
+        ended_inside = finished[rows[row]] and any(ids[row][child] == tokens[-1] for child in children)
         accepted = len(path) + ended_inside
-        stats.steps.append(StepRecord(drafted[row], accepted, len(tokens), len(path) + bool(children)))
+        tried = len(path) + bool(children)
+        step = StepRecord(drafted[row], accepted, len(tokens), tried, rows[row], len(stats.calls))
+        stats.steps.append(step)
         stats.new_tokens += len(tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +19,33 @@ class StepRecord:
         emitted: tokens emitted, next_token included.
         tried: deepest level at which a child could have been accepted: the accepted path's end plus one
             if that node had children, else the path's own depth.
+        row: the row of the generation.
+        call: index into `DecodeStats.calls`.
     """
 
     drafted: int
     accepted: int
     emitted: int
     tried: int
+    row: int = 0
+    call: int = 0
+
+
+@dataclass(frozen=True)
+class CallTimes:
+    """Wall-clock seconds of one target call and what belongs to it.
+
+    Attributes:
+        draft, verify, accept: parts of `total`; 0 where phases are not timed, and for the prompt.
+        total: from the end of the last call, bookkeeping included but not the time that the caller took.
+        ended: `time.perf_counter()` when its tokens were there.
+    """
+
+    draft: float
+    verify: float
+    accept: float
+    total: float
+    ended: float
 
 
 @dataclass
@@ -33,12 +54,18 @@ class DecodeStats:
 
     Attributes:
         steps: one record per verification and row, in order.
+        calls: times of each target call, the prompt's first.
         prefill_time, draft_time, verify_time, accept_time, total_time: seconds; on a GPU the first ones
-            measure launches unless the device is synchronised.
+            measure launches unless `synchronize` is given. What a drafter does with final tokens is drafting.
+        drawn: some proposed tokens were drawn, not chosen.
+        only_chains: no proposed tree branched.
         lossy: the name of a rule that does not preserve the target's law, or None.
+        phases: time the parts of a call, not only its whole.
+        synchronize: waits for the device; called where a timed part ends.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
+    calls: list[CallTimes] = field(default_factory=list)
     target_calls: int = 0
     new_tokens: int = 0
     prefill_time: float = 0.0
@@ -46,7 +73,12 @@ class DecodeStats:
     verify_time: float = 0.0
     accept_time: float = 0.0
     total_time: float = 0.0
+    drawn: bool = False
+    only_chains: bool = True
     lossy: str | None = None
+    phases: bool = True
+    synchronize: Callable[[], None] | None = field(default=None, repr=False)
+    _before_call: tuple[float, float, float] = field(default=(0.0, 0.0, 0.0), repr=False)
 
     @property
     def tau(self) -> float:
@@ -94,13 +126,27 @@ class DecodeStats:
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
-        """Add the block's wall-clock seconds to `<what>_time`, also when it raises."""
+        """Add the block's wall-clock seconds to `<what>_time`, also when it raises; "total" ends a target call."""
+        if not (self.phases or what == "total"):
+            yield
+            return
         started = time.perf_counter()
         try:
             yield
         finally:
+            if self.synchronize is not None:
+                self.synchronize()
+            now = time.perf_counter()
             name = f"{what}_time"
-            setattr(self, name, getattr(self, name) + time.perf_counter() - started)
+            setattr(self, name, getattr(self, name) + now - started)
+            if what == "total":
+                self._end_call(now - started, now)
+
+    def _end_call(self, total: float, now: float) -> None:
+        so_far = self.draft_time, self.verify_time, self.accept_time
+        draft, verify, accept = (after - before for after, before in zip(so_far, self._before_call, strict=True))
+        self.calls.append(CallTimes(draft, verify, accept, total, now))
+        self._before_call = so_far
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
