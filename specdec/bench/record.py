@@ -1,6 +1,6 @@
 """Records: one JSON line for each (method, question, turn, repeat), on disk before the next one begins.
 
-A run that is killed loses at most the line it was writing. Reading tolerates a last line that was torn, and nothing else.
+A run that is killed loses at most the line it was writing. Reading tolerates a torn last line, and nothing else.
 """
 
 from __future__ import annotations
@@ -136,9 +136,7 @@ def read_records(path: Path) -> list[Record]:
     """
     file = path / RECORDS_FILE if path.is_dir() else path
     if not file.is_file():
-        raise SpecdecError(
-            f"{path} holds no run: there is no {RECORDS_FILE}; give a directory written by specdec bench"
-        )
+        raise SpecdecError(f"{path} holds no run: no {RECORDS_FILE}; give a directory of specdec bench")
     records, _ = _parse(file)
     return records
 
@@ -222,9 +220,7 @@ def _parse(file: Path) -> tuple[list[Record], int]:
             record = cast(Record, json.loads(line))
             key = key_of(record)
         except (ValueError, KeyError, TypeError) as error:
-            raise SpecdecError(
-                f"{file}, line {number}: not a record of a run; restore the file or start anew"
-            ) from error
+            raise SpecdecError(f"{file}, line {number}: not a record; restore the file or start anew") from error
         if key in seen:
             raise SpecdecError(f"{file}, line {number}: a second record of {', '.join(map(str, key))}")
         seen.add(key)
