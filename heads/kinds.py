@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from specdec.heads.dflash import DFlashConfig, DFlashHead
+from specdec.heads.kangaroo import KangarooConfig, KangarooHead
 from specdec.heads.medusa import MedusaConfig, MedusaHead
 
 
@@ -21,4 +23,6 @@ class HeadKind(NamedTuple):
 
 HEADS: dict[str, HeadKind] = {
     "medusa": HeadKind(MedusaConfig, MedusaHead),
+    "dflash": HeadKind(DFlashConfig, DFlashHead),
+    "kangaroo": HeadKind(KangarooConfig, KangarooHead),
 }
