@@ -14,7 +14,8 @@ import specdec
 SIGNATURES = {
     "generate": "(model: 'PreTrainedModel', inputs: 'Tensor | None' = None, *, "
     "drafter: 'Drafter | PreTrainedModel | str | Path | None' = 'lookup', rule: 'Rule' = 'auto', "
-    "generator: 'torch.Generator | None' = None, **kwargs: 'Any') -> 'Tensor | SpeculativeOutput'",
+    "generator: 'torch.Generator | None' = None, stats: 'DecodeStats | None' = None, **kwargs: 'Any')"
+    " -> 'Tensor | SpeculativeOutput'",
     "attach": "(model: 'PreTrainedModel', drafter: 'Drafter | PreTrainedModel | str | Path') -> 'PreTrainedModel'",
     "detach": "(model: 'PreTrainedModel') -> 'PreTrainedModel'",
     "load_drafter": "(spec: 'Drafter | PreTrainedModel | str | Path | None', model: 'PreTrainedModel')"
