@@ -106,8 +106,7 @@ def methods(
     def ours(spec: str) -> Callable[..., tuple[Tensor, specdec.DecodeStats | None]]:
         drafter = specdec.load_drafter(spec, target)
         if isinstance(drafter, DraftModelDrafter):
-            options = dict(depth=drafter.shape.depth, shape=drafter.shape)
-            drafter = DraftModelDrafter(specdec.target_of(draft), **cast(Any, options))
+            drafter = DraftModelDrafter(specdec.target_of(draft), grow=drafter.policy)
 
         def run(inputs: dict[str, Tensor], tokens: int) -> tuple[Tensor, specdec.DecodeStats | None]:
             out = specdec.generate(target, **inputs, **common(tokens), drafter=drafter, return_dict_in_generate=True)

@@ -39,12 +39,16 @@ class BufferedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[-2]
-        if end > self._keys.shape[-2]:
-            self._grow(end)
+        self.reserve(end)
         self._keys[:, :, self.length : end] = key_states
         self._values[:, :, self.length : end] = value_states
         self.use(end)
         return self.used
+
+    def reserve(self, length: int) -> None:
+        """Make room for so many columns."""
+        if length > self._keys.shape[-2]:
+            self._grow(length)
 
     def _grow(self, at_least: int) -> None:
         self.capacity = max(2 * self._keys.shape[-2], at_least)
@@ -151,6 +155,17 @@ class KVCache(Cache):
             for layer in self.buffers:
                 layer.move(source, destination)
         self.cut(length)
+
+    def reorder(self, sources: list[list[int]], start: int, num_layers: int) -> None:
+        """Columns from `start` on become `sources[b]` of row b, in the first layers; later columns are forgotten."""
+        device = self._device()
+        source = torch.tensor(sources, device=device)
+        destination = torch.arange(start, start + source.shape[1], device=device).expand_as(source)
+        for layer in self.buffers[:num_layers]:
+            if layer.is_initialized:
+                layer.reserve(start + source.shape[1])
+                layer.move(source, destination)
+                layer.use(start + source.shape[1])
 
     def cut(self, length: int) -> None:
         """Forget the columns from `length` on, in every layer."""

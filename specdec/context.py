@@ -132,7 +132,7 @@ class Context:
         sees: Tensor,
         *,
         taps: tuple[int, ...] = (),
-        keep_logits: int = 0,
+        keep_logits: int | None = 0,
         num_layers: int | None = None,
     ) -> TargetOutput:
         """Append nodes to the tree and run them.
@@ -142,7 +142,7 @@ class Context:
             depths: [B, Q] distance from the first uncommitted position, on the host.
             sees: bool [B, Q, W + Q] on the host: which tree columns each new node sees.
             taps: hidden states to return.
-            keep_logits: logits of the last so many nodes only; 0 for all.
+            keep_logits: logits of the last so many nodes only; 0 for all, None for none.
             num_layers: run only so many layers from the bottom, with the model's own norm and head.
         """
         self._tree_depths = torch.cat([self._tree_depths, depths], 1)
@@ -169,6 +169,16 @@ class Context:
         output = self.run(tokens, depths, sees, keep_logits=keep_logits)
         self.keep([list(range(count)) for count in counts])
         return output
+
+    def reorder(self, columns: list[list[int]], depths: Tensor, num_layers: int) -> None:
+        """Put the tree columns of the first layers in another order: row b's i-th becomes what `columns[b][i]` was.
+
+        Columns may be left out or repeated. `depths` [B, columns] are those of the new columns.
+        """
+        base, width = self.base, len(columns[0])
+        self.cache.reorder([[base + column for column in row] for row in columns], base, num_layers)
+        assert depths.shape == (len(columns), width), "a depth for every column"
+        self._tree_depths = depths
 
     def keep(self, nodes: list[list[int]]) -> None:
         """Commit: row b keeps its tree nodes `nodes[b]`, in path order; all other tree columns are dropped."""

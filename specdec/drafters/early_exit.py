@@ -8,7 +8,6 @@ Dimensions: B rows, N nodes, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,12 +17,12 @@ from transformers import PreTrainedModel
 from specdec.context import Context
 from specdec.drafter import Committed
 from specdec.errors import UnknownDrafter, UnsupportedModel
-from specdec.grow.levels import Children, grow_levels
-from specdec.grow.shape import Shape, best_shape
+from specdec.grow.named import growth_named
+from specdec.grow.policy import Columns, Frontier, Grown, GrowthPolicy
 from specdec.probe import tolerance
 from specdec.sampling import Chooser, SamplingParams
 from specdec.target import Target
-from specdec.tree import Resume, TokenTree
+from specdec.tree import NO_NODE, Resume, TokenTree
 
 
 class EarlyExitDrafter:
@@ -33,9 +32,7 @@ class EarlyExitDrafter:
         target: the probed target.
         layer: E, layers that draft; 1 to L - 1.
         depth: levels of the tree.
-        budget: proposed nodes; at most `depth` for a chain.
-        children: "chosen" or "drawn", see DraftModelDrafter.
-        min_confidence: when to stop growing, see DraftModelDrafter.
+        budget, children, min_confidence, grow, width, threshold, table: see DraftModelDrafter.
 
     Raises:
         UnknownDrafter: a layer outside 1..L-1.
@@ -53,17 +50,20 @@ class EarlyExitDrafter:
         budget: int | None = None,
         children: str = "chosen",
         min_confidence: float = 0.0,
+        grow: str | GrowthPolicy = "fixed",
+        width: int | None = None,
+        threshold: float | None = None,
+        table: str | None = None,
     ) -> None:
         if not 1 <= layer < target.num_layers:
             raise UnknownDrafter(f"early-exit needs 1 <= layer < {target.num_layers} on this target, got {layer}")
-        if children not in ("chosen", "drawn"):
-            raise UnknownDrafter(f'children is "chosen" or "drawn", got {children!r}')
         self.target, self.layer = target, layer
-        if not 0 <= min_confidence < 1:
-            raise UnknownDrafter(f"min_confidence is at least 0 and below 1, got {min_confidence}")
-        self.children: Children = cast(Children, children)
-        self.min_confidence = min_confidence
-        self.shape = best_shape(depth if budget is None else budget, depth)
+        if isinstance(grow, str):
+            grow = growth_named(
+                grow, depth=depth, budget=budget, width=width, threshold=threshold, table=table, children=children,
+                min_confidence=min_confidence,
+            )  # fmt: skip
+        self.policy: GrowthPolicy = grow
         if target.form != "tree":
             raise UnsupportedModel("early-exit needs a target that takes tree masks; this one decodes chains only")
         check_resume(target, layer)
@@ -74,39 +74,67 @@ class EarlyExitDrafter:
         self._context = context
 
     def observe(self, committed: Committed) -> None:
-        """Nothing to do: the target's commit already kept the accepted columns of every layer."""
+        """The target's commit already kept the accepted columns of every layer; only the policy may learn."""
+        if committed.tree is not None and committed.nodes is not None:
+            self.policy.observe(committed.tree, committed.nodes)
 
     def propose(self, root: Tensor, params: SamplingParams, chooser: Chooser, room: int) -> TokenTree:
-        """Grow the shape level by level; every node, leaves too, passes layers 0..E once."""
+        """Grow level by level; every node, leaves too, passes layers 0..E once."""
         assert self._context is not None, "reset comes first"
-        shape = self.shape.up_to(room, self.target.vocab_size)
+        columns = Columns(root.shape[0])
         hidden: list[Tensor] = []
 
-        def expand(parents: list[int], tokens: Tensor) -> Tensor:
-            level = shape.levels[shape.topology.depths[parents[0]]]
-            logits = self._run(shape, level, tokens, hidden)
-            return logits[:, [level.index(node) for node in parents]]
+        def expand(frontier: Frontier) -> Tensor:
+            return self._run(frontier, columns, hidden)
 
-        tree = grow_levels(shape, root, self.children, params, chooser, expand, min_confidence=self.min_confidence)
-        self._run(shape, shape.levels[len(hidden)], tree.tokens, hidden, keep_logits=1)
-        return TokenTree(tree.tokens, tree.shapes, tree.log_q, Resume(self.layer, torch.cat(hidden, 1)))
+        grown = self.policy.grow(root, params, chooser, room, expand, self.target.vocab_size)
+        leaves, order = _leaves_and_order(grown, columns.count)
+        if leaves is not None:
+            self._run(leaves, columns, hidden, keep_logits=1)
+        tree, states = grown.tree, torch.cat(hidden, 1)
+        if order != [list(range(columns.count))] * len(order):
+            self._context.reorder(order, tree.depths(), self.layer)
+            at = torch.tensor(order, device=states.device)
+            states = states.gather(1, at[:, :, None].expand(-1, -1, states.shape[2]))
+        return TokenTree(tree.tokens, tree.shapes, tree.log_q, Resume(self.layer, states))
 
-    def _run(
-        self, shape: Shape, level: tuple[int, ...], tokens: Tensor, hidden: list[Tensor], keep_logits: int = 0
-    ) -> Tensor:
-        """Run one level through the bottom layers, into the target's cache; returns logits."""
+    def _run(self, frontier: Frontier, columns: Columns, hidden: list[Tensor], keep_logits: int = 0) -> Tensor:
+        """Run nodes through the bottom layers, into the target's cache; returns logits."""
         assert self._context is not None
-        nodes = list(level)
-        rows = tokens.shape[0]
-        depths = torch.tensor([[shape.topology.depths[node] for node in nodes]]).expand(rows, -1)
-        sees = shape.topology.ancestors[nodes][:, : nodes[-1] + 1].expand(rows, -1, -1)
-        output = self._context.run(tokens[:, nodes], depths, sees, keep_logits=keep_logits, num_layers=self.layer)
+        sees = columns.append(frontier)
+        output = self._context.run(
+            frontier.tokens, frontier.depths, sees, keep_logits=keep_logits, num_layers=self.layer
+        )
         assert output.hidden is not None
         hidden.append(output.hidden)
         return output.logits
 
     def select(self, rows: list[int]) -> None:
         """Nothing of its own to select."""
+
+
+def _leaves_and_order(grown: Grown, num_columns: int) -> tuple[Frontier | None, list[list[int]]]:
+    """The nodes that growth did not expand as one more frontier, and each row's columns in node order."""
+    tree, order = grown.tree, [list(row) for row in grown.columns]
+    leaves = []
+    for shape, columns in zip(tree.shapes, order, strict=True):
+        row = [n for n in range(1, tree.num_nodes) if shape.parents[n] != NO_NODE and columns[n] == NO_NODE]
+        for place, node in enumerate(row):
+            columns[node] = num_columns + place
+        columns[:] = [max(column, 0) for column in columns]  # padding nodes repeat the root
+        leaves.append(row)
+    width = max(map(len, leaves))
+    if width == 0:
+        return None, order
+    live = torch.tensor([[i < len(row) for i in range(width)] for row in leaves])
+    nodes = torch.tensor([[*row, *[0] * (width - len(row))] for row in leaves])
+    parents = [
+        [columns[shape.parents[n]] for n in row] + [NO_NODE] * (width - len(row))
+        for shape, columns, row in zip(tree.shapes, order, leaves, strict=True)
+    ]
+    tokens = tree.tokens.gather(1, nodes.to(tree.tokens.device))
+    depths = tree.depths().gather(1, nodes).masked_fill(~live, 0)
+    return Frontier(tokens, torch.tensor(parents), depths), order
 
 
 _resumes: WeakKeyDictionary[PreTrainedModel, set[tuple[int, str, torch.dtype]]] = WeakKeyDictionary()

@@ -97,9 +97,9 @@ def head_accuracy(guesses: Sequence[Tensor], texts: Sequence[Sequence[int]], *, 
 
     Args:
         guesses: per text, ids [T, K, R]: at position t the R likeliest tokens of head k, best first.
-        texts: per text, its T tokens; greedy outputs of the target on your own prompts, for acceptance at temperature 0.
-        first: how far ahead head 0 looks: it guesses token t + first. 2 for Medusa heads, 1 where the first guess is the
-            token right after t.
+        texts: per text, its T tokens; greedy outputs of the target on your own prompts tell of temperature 0.
+        first: how far ahead head 0 looks: it guesses token t + first. 2 for Medusa heads, 1 where the first guess is
+            the token right after t.
     """
     depth, width = guesses[0].shape[1:]
     counts = AcceptanceCounts(depth, width)

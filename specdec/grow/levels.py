@@ -49,11 +49,12 @@ def grow_levels(
     has_mass = torch.ones(tokens.shape, dtype=torch.bool)
     confidence = torch.ones(tokens.shape)
     log_q: Tensor | None = None
+    ranks = [0, *(child.rank for child in shape.children)]
     for depth, level in enumerate(shape.levels[:-1], 1):
         parents = _with_children(shape, level)
         logits = expand(parents, tokens)
         law = params.warp(logits) if drawn else logits
-        width = max(len(shape.topology.children[node]) for node in parents)
+        width = max(ranks[child] + 1 for node in parents for child in shape.topology.children[node])
         if drawn:
             if log_q is None:
                 log_q = law.new_zeros(*tokens.shape, law.shape[-1])
@@ -66,11 +67,12 @@ def grow_levels(
         picked = picked.to(tokens.device)
         for index, parent in enumerate(parents):
             nodes = list(shape.topology.children[parent])
-            tokens[:, nodes] = picked[:, index, : len(nodes)]
+            tried = [ranks[node] for node in nodes]
+            tokens[:, nodes] = picked[:, index, tried]
             if mass is not None:
-                has_mass[:, nodes] = mass[:, index, : len(nodes)]
+                has_mass[:, nodes] = mass[:, index, tried]
             if shares is not None:
-                confidence[:, nodes] = confidence[:, parent, None] * shares[:, index, : len(nodes)]
+                confidence[:, nodes] = confidence[:, parent, None] * shares[:, index, tried]
         going_on = _with_children(shape, shape.levels[depth])
         if shares is not None and going_on and float(confidence[:, going_on].max()) < min_confidence:
             shape = shape.up_to(depth, shape.width)

@@ -1,13 +1,15 @@
 """Fixed tree shapes: which child ranks are tried at which depth, the same in every step.
 
-A node's value is the product of acceptance rates along its path, where the j-th child of any node is the
-accepted one with probability `acceptance[j]`. For a non-increasing vector, taking the open slot of largest
-value until the budget is spent is optimal: it equals Sequoia's dynamic programme (arXiv 2402.12374).
+A node's value is the product of acceptance rates along its path. With one rate for each rank, taking the open slot
+of largest value until the budget is spent is optimal for a non-increasing vector: it equals Sequoia's dynamic
+programme (arXiv 2402.12374; `sequoia` has that one, for any vector). With a rate for each depth and rank, the same
+greedy construction is that of Medusa's tables (arXiv 2401.10774).
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -63,6 +65,12 @@ class Shape:
         """Most children of any node."""
         return max((child.rank + 1 for child in self.children), default=0)
 
+    @cached_property
+    def has_gaps(self) -> bool:
+        """Whether some node has a child of some rank without those of all lower ranks."""
+        seen = {(child.parent, child.rank) for child in self.children}
+        return any(child.rank and (child.parent, child.rank - 1) not in seen for child in self.children)
+
     def up_to(self, depth: int, width: int) -> Shape:
         """Without nodes below `depth` and without ranks of `width` or more."""
         return _cut(self, depth, width)
@@ -87,7 +95,48 @@ def chain(depth: int) -> Shape:
 
 @lru_cache(maxsize=256)
 def best_shape(budget: int, depth: int, acceptance: tuple[float, ...] = DEFAULT_ACCEPTANCE) -> Shape:
-    """The `budget` proposed nodes of largest value, at most `depth` levels deep.
+    """The `budget` proposed nodes of largest value, at most `depth` levels deep; `acceptance` is by rank.
+
+    Raises:
+        UnknownDrafter: budget or depth out of range, or rates that are no probabilities.
+    """
+    check_limits(budget, depth)
+    ranks = tuple(max(acceptance[j:]) for j in range(len(acceptance)))  # a histogram's tail may wiggle
+    return greedy_shape(budget, (ranks,) * depth)
+
+
+@lru_cache(maxsize=64)
+def greedy_shape(budget: int, accuracy: tuple[tuple[float, ...], ...]) -> Shape:
+    """Medusa's construction: of all next siblings and first children of the nodes so far, take the most valuable.
+
+    Args:
+        budget: most proposed nodes; fewer where the table has fewer.
+        accuracy: by depth, then by rank: how often that guess is right. As many levels as there are rows.
+
+    Raises:
+        UnknownDrafter: a budget out of range, or rates that are no probabilities.
+    """
+    check_limits(budget, len(accuracy))
+    if not all(row and all(0 <= rate <= 1 for rate in row) for row in accuracy):
+        raise UnknownDrafter("acceptance rates are numbers from 0 to 1, at least one for each depth")
+    if budget <= len(accuracy):
+        return chain(budget)
+    open_slots: list[tuple[float, tuple[int, ...], float]] = [(-accuracy[0][0], (0,), 1.0)]
+    taken: list[tuple[int, ...]] = []
+    while open_slots and len(taken) < budget:
+        negative, path, parent_value = heapq.heappop(open_slots)
+        taken.append(path)
+        level, rank = len(path), path[-1] + 1
+        if rank < len(accuracy[level - 1]):
+            sibling = parent_value * accuracy[level - 1][rank]
+            heapq.heappush(open_slots, (-sibling, (*path[:-1], rank), parent_value))
+        if level < len(accuracy):
+            heapq.heappush(open_slots, (negative * accuracy[level][0], (*path, 0), -negative))
+    return shape_of(taken)
+
+
+def check_limits(budget: int, depth: int) -> None:
+    """Refuse trees without nodes or levels, and budgets that can only be a mistake.
 
     Raises:
         UnknownDrafter: budget or depth out of range.
@@ -96,34 +145,22 @@ def best_shape(budget: int, depth: int, acceptance: tuple[float, ...] = DEFAULT_
         raise UnknownDrafter(f"a tree needs budget >= 1 and depth >= 1, got budget={budget}, depth={depth}")
     if budget > MAX_BUDGET:
         raise UnknownDrafter(f"a tree takes a budget of at most {MAX_BUDGET} nodes, got budget={budget}")
-    if budget <= depth:
-        return chain(budget)
-    ranks = [max(acceptance[j:]) for j in range(len(acceptance))]  # a histogram's tail may wiggle
-    open_slots: list[tuple[float, tuple[int, ...]]] = [(-ranks[0], (0,))]
-    taken: list[tuple[int, ...]] = []
-    while open_slots and len(taken) < budget:
-        value, path = heapq.heappop(open_slots)
-        taken.append(path)
-        if path[-1] + 1 < len(ranks):
-            sibling = value / ranks[path[-1]] * ranks[path[-1] + 1]
-            heapq.heappush(open_slots, (sibling, (*path[:-1], path[-1] + 1)))
-        if len(path) < depth:
-            heapq.heappush(open_slots, (value * ranks[0], (*path, 0)))
-    return shape_of(taken)
 
 
-def shape_of(paths: list[tuple[int, ...]]) -> Shape:
+def shape_of(paths: Sequence[Sequence[int]]) -> Shape:
     """The shape with these nodes, each given by the ranks from the root down, as in Medusa's tables.
 
+    Prefixes are added, so a list of leaves is enough. A rank may be left out; such a shape takes chosen children only.
+
     Raises:
-        ValueError: a node without its parent, or a rank without the ranks before it.
+        UnknownDrafter: a path that is empty or holds something else than ranks.
     """
-    ordered = sorted(set(paths), key=lambda path: (len(path), path))
+    if not all(path and all(type(rank) is int and rank >= 0 for rank in path) for path in paths):
+        raise UnknownDrafter("a tree's paths are non-empty lists of ranks, 0 for the best guess, such as [[0], [0, 1]]")
+    closed = {tuple(path[:depth]) for path in paths for depth in range(1, len(path) + 1)}
     index: dict[tuple[int, ...], int] = {(): 0}
     children = []
-    for path in ordered:
-        if path[:-1] not in index or (path[-1] > 0 and (*path[:-1], path[-1] - 1) not in index):
-            raise ValueError(f"node {path} needs its parent and its lower-ranked siblings in the list")
+    for path in sorted(closed, key=lambda path: (len(path), path)):
         children.append(Child(index[path[:-1]], path[-1]))
         index[path] = len(children)
     return Shape(tuple(children))

@@ -107,7 +107,7 @@ def test_no_tree_is_deeper_than_the_room(room: int) -> None:
         drafter = EarlyExitDrafter(target, layer=2, depth=4, budget=8)
         drafter.reset(1, context)
         tree = drafter.propose(torch.tensor([7]), SamplingParams(), Chooser(), room)
-    assert tree.depth == min(room, drafter.shape.depth)
+    assert tree.depth == min(room, drafter.policy.depth)
     assert tree.resume is not None
     assert tree.resume.hidden.shape == (1, tree.num_nodes, 32)
 

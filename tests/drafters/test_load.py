@@ -17,6 +17,7 @@ from specdec.drafters.load import WORDS, load_drafter, parse_spec
 from specdec.drafters.lookup import LookupDrafter
 from specdec.drafters.recycling import RecyclingDrafter
 from specdec.drafters.suffix import SuffixDrafter
+from specdec.grow.fixed import FixedGrowth
 from tests.tiny import VOCAB, make_target, prompt, shared_draft, shared_target
 
 
@@ -56,7 +57,9 @@ def test_options_reach_the_drafter_in_their_type() -> None:
     assert (recycling.shape.num_nodes, recycling.shape.depth) == (7, 2)
     early = loaded("early-exit:layer=3,depth=2,budget=5,children=drawn")
     assert isinstance(early, EarlyExitDrafter)
-    assert (early.layer, early.children, early.shape.depth, early.shape.num_nodes) == (3, "drawn", 2, 6)
+    assert isinstance(early.policy, FixedGrowth)
+    assert (early.layer, early.policy.children) == (3, "drawn")
+    assert (early.policy.depth, early.policy.shape.num_nodes) == (2, 6)
 
 
 def test_every_word_but_the_demo_draft_loads_without_options() -> None:
@@ -80,7 +83,8 @@ def test_a_model_path_loads_a_draft_model_in_the_targets_dtype(tmp_path: Path) -
     shared_draft().save_pretrained(tmp_path)
     drafter = loaded(f"{tmp_path}:depth=3,budget=6")
     assert isinstance(drafter, DraftModelDrafter)
-    assert (drafter.shape.depth, drafter.shape.num_nodes) == (3, 7)
+    assert isinstance(drafter.policy, FixedGrowth)
+    assert (drafter.policy.depth, drafter.policy.shape.num_nodes) == (3, 7)
     assert not drafter.model.model.training
     twin: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     in_double: Any = load_drafter(tmp_path, twin)
@@ -102,7 +106,7 @@ def test_a_drafter_directory_may_hold_a_draft_model(tmp_path: Path) -> None:
     write_drafter_json(tmp_path, DrafterJson("draft-model", {"depth": "2"}, fingerprint(shared_target())))
     drafter = loaded(tmp_path)
     assert isinstance(drafter, DraftModelDrafter)
-    assert drafter.shape.depth == 2
+    assert drafter.policy.depth == 2
 
 
 def test_drafter_json_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -96,9 +96,21 @@ def test_a_table_of_paths_in_any_order_gives_one_shape() -> None:
     assert shape.levels == ((0,), (1, 2), (3, 4), (5,))
 
 
-@pytest.mark.parametrize("table", [[(0, 0)], [(1,)], [(0,), (0, 1)], [(0,), (2,)]])
-def test_a_table_with_a_hole_is_refused(table: list[tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match="needs its parent and its lower-ranked siblings"):
+def test_a_list_of_leaves_gets_its_prefixes() -> None:
+    leaves = [[0, 0, 0], [0, 1], [1, 0], [2]]
+    assert shape_of(leaves) == shape_of([(0,), (0, 0), (0, 0, 0), (0, 1), (1,), (1, 0), (2,)])
+
+
+def test_a_rank_may_be_left_out_and_the_shape_says_so() -> None:
+    assert shape_of([(0,), (2,), (2, 1)]).has_gaps
+    assert shape_of([(1,)]).has_gaps
+    assert not shape_of([(0,), (1,), (1, 0), (1, 1)]).has_gaps
+    assert not best_shape(20, 4).has_gaps
+
+
+@pytest.mark.parametrize("table", [[()], [(0,), ()], [(-1,)], [(0, 1.0)], [("0",)], [(True,)]])
+def test_a_table_of_something_else_than_paths_is_refused(table: list) -> None:
+    with pytest.raises(UnknownDrafter, match="non-empty lists of ranks"):
         shape_of(table)
 
 

@@ -1,0 +1,72 @@
+"""The policy that grows the same shape in every step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specdec.errors import UnknownDrafter
+from specdec.grow.levels import Children, grow_levels
+from specdec.grow.policy import Expand, Frontier, Grown
+from specdec.grow.shape import Shape
+from specdec.sampling import Chooser, SamplingParams
+from specdec.tree import NO_NODE, TokenTree
+
+
+class FixedGrowth:
+    """A fixed shape, filled with the draft law's best tokens or with draws from it.
+
+    Args:
+        shape: which ranks are tried where.
+        children: "chosen" or "drawn".
+        min_confidence: see `grow_levels`.
+
+    Raises:
+        UnknownDrafter: drawn children where the shape leaves out a rank; a draw cannot be left out.
+    """
+
+    def __init__(self, shape: Shape, children: Children = "chosen", min_confidence: float = 0.0) -> None:
+        if children == "drawn" and shape.has_gaps:
+            raise UnknownDrafter(
+                "this tree leaves out some ranks, which only chosen children can do; add the lower-ranked siblings "
+                "or use children=chosen"
+            )
+        self.shape, self.min_confidence = shape, min_confidence
+        self.children: Children = children
+
+    @property
+    def depth(self) -> int:
+        """Levels of the shape."""
+        return self.shape.depth
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether the shape is one."""
+        return self.shape.topology.is_chain
+
+    def grow(
+        self, root: Tensor, params: SamplingParams, chooser: Chooser, room: int, expand: Expand, most_children: int
+    ) -> Grown:
+        """Level by level; the same for all rows."""
+        shape = self.shape.up_to(room, most_children)
+        columns: dict[int, int] = {}
+
+        def expand_nodes(nodes: list[int], tokens: Tensor) -> Tensor:
+            parents = [columns.get(shape.topology.parents[node], NO_NODE) for node in nodes]
+            columns.update({node: len(columns) + i for i, node in enumerate(nodes)})
+            depths = [shape.topology.depths[node] for node in nodes]
+            rows = tokens.shape[0]
+            return expand(Frontier(tokens[:, nodes], _for_rows(parents, rows), _for_rows(depths, rows)))
+
+        tree = grow_levels(
+            shape, root, self.children, params, chooser, expand_nodes, min_confidence=self.min_confidence
+        )
+        row = [columns.get(node, NO_NODE) for node in range(tree.num_nodes)]
+        return Grown(tree, [row] * tree.tokens.shape[0])
+
+    def observe(self, tree: TokenTree, nodes: list[list[int]]) -> None:
+        """A fixed shape learns nothing."""
+
+
+def _for_rows(values: list[int], rows: int) -> Tensor:
+    return torch.tensor([values]).expand(rows, -1)
