@@ -111,6 +111,17 @@ class Target:
         """The module that turns normed states into logits, before any scaling that the family adds."""
         return cast(nn.Module, self.model.get_output_embeddings())
 
+    def logits_of(self, states: Tensor) -> Tensor:
+        """Logits [..., V] of states [..., D] after the final norm, with the scale or cap that some families add."""
+        logits = self.lm_head(states)
+        scale, divisor = getattr(self.config, "logit_scale", None), getattr(self.config, "logits_scaling", None)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        if scale is not None:  # Cohere
+            logits = logits * scale
+        if divisor is not None:  # Granite
+            logits = logits / divisor
+        return logits if cap is None else torch.tanh(logits / cap) * cap  # Gemma
+
     @property
     def device(self) -> torch.device:
         """Where input ids go."""
@@ -144,7 +155,7 @@ class Target:
         cache: Cache,
         *,
         taps: tuple[int, ...] = (),
-        keep_logits: int = 0,
+        keep_logits: int | None = 0,
     ) -> TargetOutput:
         """Run all layers on `input_ids` [B, Q], appending Q columns to the cache.
 
@@ -155,13 +166,13 @@ class Target:
                 the model's own causal mask.
             cache: appended to.
             taps: `hidden_states` indices to return, or BEFORE_NORM.
-            keep_logits: logits of the last so many positions only; 0 for all.
+            keep_logits: logits of the last so many positions only; 0 for all, None for none.
         """
         kwargs: dict[str, Any] = {}
         if self.takes_positions:
             kwargs["position_ids"] = positions
         if self.takes_logits_to_keep:
-            kwargs["logits_to_keep"] = keep_logits
+            kwargs["logits_to_keep"] = _no_positions(input_ids) if keep_logits is None else keep_logits
         output = self.call(
             taps, input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs
         )
@@ -203,7 +214,7 @@ class Target:
         mask: Tensor | dict[str, Tensor | None] | None,
         cache: Cache,
         *,
-        keep_logits: int = 0,
+        keep_logits: int | None = 0,
     ) -> TargetOutput:
         """Layers 0..num_layers, then the model's own norm and head.
 
@@ -286,6 +297,11 @@ class Target:
             yield
         finally:
             setattr(self._parent, self._name, self.layers)
+
+
+def _no_positions(input_ids: Tensor) -> Tensor:
+    """`logits_to_keep` may list positions; this list is empty."""
+    return torch.empty(0, dtype=torch.long, device=input_ids.device)
 
 
 def _forward_parameters(model: nn.Module) -> set[str]:

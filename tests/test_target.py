@@ -136,6 +136,15 @@ def test_taps_are_the_hidden_states_of_transformers(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
+@torch.no_grad()
+def test_the_output_matrix_on_normed_last_states_gives_the_models_own_logits(family: str) -> None:
+    model = tiny_model(family)
+    output = model(torch.tensor([[5, 6, 7]]), output_hidden_states=True)
+    got = Target(model).logits_of(output.hidden_states[-1])
+    torch.testing.assert_close(got, output.logits, atol=ROUNDING, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_a_resumed_forward_serves_the_taps_above_its_first_layer(family: str) -> None:
     target = Target(tiny_model(family))
     rows, tree = rows_of_prompts(), a_tree()
