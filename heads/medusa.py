@@ -27,7 +27,7 @@ class MedusaConfig:
 
     Attributes:
         hidden_size: D of the target.
-        vocab_size: V'; the target's, or fewer with a `token_map`.
+        vocab_size: V'; the target's, or fewer with a `token_map`. None: as many as the target's output matrix has.
         num_heads: K.
         num_layers: residual blocks of each head.
         bias: whether the blocks have biases.
@@ -40,7 +40,7 @@ class MedusaConfig:
     """
 
     hidden_size: int
-    vocab_size: int
+    vocab_size: int | None
     num_heads: int
     num_layers: int = 1
     bias: bool = True
@@ -50,8 +50,11 @@ class MedusaConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "vocab_size", "num_heads", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"{name} is at least 1, got {size}")
+        if self.vocab_size is None and self.output != "target":
+            raise ValueError("vocab_size is needed for output matrices of their own")
         if self.token_map and self.output == "target":
             raise ValueError("a token map needs an output matrix of its own")
 
@@ -83,9 +86,9 @@ class MedusaHead(nn.Module):
             nn.ModuleList(ResidualBlock(size, config.bias) for _ in range(config.num_layers))
             for _ in range(config.num_heads)
         )
-        self.lm_heads = nn.ModuleList(nn.Linear(size, config.vocab_size, bias=False) for _ in range(outputs))
+        self.lm_heads = nn.ModuleList(nn.Linear(size, config.vocab_size or 0, bias=False) for _ in range(outputs))
         self.token_map: Tensor | None
-        self.register_buffer("token_map", torch.arange(config.vocab_size) if config.token_map else None)
+        self.register_buffer("token_map", torch.arange(config.vocab_size or 0) if config.token_map else None)
 
     def states(self, hidden: Tensor, num_heads: int | None = None) -> Tensor:
         """What the first `num_heads` heads make of states [..., D]: [..., K, D]."""

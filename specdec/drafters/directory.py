@@ -25,7 +25,7 @@ class DrafterJson:
         options: option strings as in a drafter specification.
         target: the fingerprint of the target, see `fingerprint`; an absent field fits any.
         head: a draft head's configuration; its tensors lie beside this file. None for the other kinds.
-        extra: what a head's earlier format said beyond that, kept for a rewrite.
+        extra: what other formats said of a head beyond that, by format, kept for a rewrite.
         format_version: of this file.
     """
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from specdec.errors import BadCheckpoint
-from specdec.formats import native
+from specdec.formats import medusa_2, medusa_v1, medusa_v2, native, vllm_medusa
 from specdec.formats.checkpoint import HeadCheckpoint, check_tensors
 from specdec.formats.folder import Folder
 from specdec.formats.replace import whole_directory
@@ -44,9 +44,16 @@ FORMATS: tuple[Format, ...] = cast(
     tuple[Format, ...],
     (
         native,
+        medusa_v1,
+        medusa_v2,
+        medusa_2,
+        vllm_medusa,
     ),
 )  # fmt: skip
-"""Every format, in no particular order: at most one matches."""
+"""Every format, in no particular order: at most one matches. A drafter.json with a head makes it the native one."""
+
+WITH_BASE = ("medusa_2",)
+"""Formats that keep a head together with the target it was trained with."""
 
 
 def detect(path: str | Path | Folder) -> Format | None:
@@ -56,6 +63,8 @@ def detect(path: str | Path | Folder) -> Format | None:
         BadCheckpoint: files that cannot be read, or that two formats claim.
     """
     folder = path if isinstance(path, Folder) else Folder(path)
+    if native.matches(folder):
+        return cast(Format, native)
     found = [known for known in FORMATS if known.matches(folder)]
     if len(found) > 1:
         names = " and ".join(known.NAME for known in found)
@@ -90,13 +99,18 @@ def write(checkpoint: HeadCheckpoint, path: str | Path, format: str = "native", 
         overwrite: replace a checkpoint that lies there.
 
     Raises:
-        BadCheckpoint: an unknown format, one that cannot hold this head, or a directory that is not empty.
+        BadCheckpoint: an unknown format, one that would lose something of this head, or a directory that is not empty.
     """
     known = format_named(format)
     if checkpoint.kind not in known.KINDS:
         kinds = ", ".join(known.KINDS)
         able = ", ".join(sorted(other.NAME for other in FORMATS if checkpoint.kind in other.KINDS))
         raise BadCheckpoint(f"format {format} holds {kinds}, got a {checkpoint.kind} head; those go into {able}")
+    if checkpoint.base is not None and format not in WITH_BASE:
+        raise BadCheckpoint(
+            f"{format} holds a head without its target, and this one was trained together with the model in "
+            f"{checkpoint.base}, which would be lost; write {WITH_BASE[0]}, or the head alone (--head-only)"
+        )
     check_tensors(checkpoint, f"the {checkpoint.kind} head")
     with whole_directory(Path(path).expanduser(), overwrite=overwrite) as folder:
         known.write(checkpoint, folder)

@@ -30,7 +30,7 @@ class HeadCheckpoint:
         target: what the files say of the target, under the names of `drafters.directory.fingerprint`
             (vocab_size, hidden_size, num_layers, ...), which are checked, and `name`, which is not.
         format: NAME of the format it was read from.
-        extra: fields that the head does not need but a faithful rewrite in the same format does.
+        extra: by format NAME, what the head does not need but a faithful rewrite in that format does.
         base: directory of the target's own weights, where a format keeps head and target together.
     """
 

@@ -8,6 +8,7 @@ are opened for tensors only.
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -237,6 +238,45 @@ def _first_line(error: BaseException) -> str:
     return lines[0].strip()[:200] if lines else type(error).__name__
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in storages of their own: safetensors refuses shared ones, a pickle would write all of them."""
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != own.numel() * own.element_size():
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        apart[name] = own
+    return apart
+
+
+def copy_directory(source: Folder, path: Path, added: Mapping[str, Tensor], *, without: str) -> None:
+    """Copy a model's directory into `path`, with tensors added in a file of their own.
+
+    Args:
+        source: the model.
+        path: an empty directory.
+        added: tensors that the model does not have.
+        without: tensors whose names begin so are left out.
+    """
+    weights = {*source.files, *source.path.glob("*.index.json")}
+    for file in source.path.iterdir():
+        if file.is_file() and file not in weights and not file.name.startswith(NOT_WEIGHTS):
+            shutil.copyfile(file, path / file.name)
+    kept = [[name for name in _entries_of(file) if not name.startswith(without)] for file in source.files]
+    groups = [names for names in kept if names]
+    weight_map, total = {}, 0
+    for number, names in enumerate([*groups, list(added)], 1):
+        name_of_file = f"model-{number:05d}-of-{len(groups) + 1:05d}.safetensors"
+        tensors = {name: added[name] if number > len(groups) else source.take(name, kind=None) for name in names}
+        write_tensors(path / name_of_file, tensors)
+        weight_map.update(dict.fromkeys(names, name_of_file))
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     """Write an indented JSON object."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -244,7 +284,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a .safetensors file, or a pickle of the plain mapping where the name ends so; dtypes are kept."""
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    plain = _apart(tensors)
     if file.suffix == ".safetensors":
         save_file(plain, file, metadata={"format": "pt"})
     else:
