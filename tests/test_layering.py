@@ -25,7 +25,7 @@ MODELS = {
     "specdec.fit",
     *TREES,
 }
-DRAFTING = {"specdec.drafter", "specdec.grow", *MODELS}
+DRAFTING = {"specdec.drafter", "specdec.grow", "specdec.bottom", "specdec.pending", *MODELS}
 STEPS = {"specdec.drafter", "specdec.emitter", "specdec.acceptance", "specdec.verifier", "specdec.stats", *MODELS}
 LIBRARY = {"specdec.api", "specdec.decode", "specdec.drafters", "specdec.heads", "specdec.formats", "specdec.demo"}
 LIBRARY |= {*STEPS, *DRAFTING}
@@ -57,6 +57,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specdec.acceptance": {"specdec.emitter", *TREES},
     "specdec.emitter": {"specdec.sampling", "specdec.errors"},
     "specdec.verifier": MODELS,
+    "specdec.bottom": {"specdec.grow", *MODELS},
+    "specdec.pending": {"specdec.drafter", "specdec.context"},
     "specdec.drafter": {"specdec.context", *TREES},
     "specdec.grow": TREES,
     "specdec.fit": {"specdec.target", "specdec.errors"},

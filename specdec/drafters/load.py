@@ -24,10 +24,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from specdec import formats
 from specdec.demo import draft_path
 from specdec.drafter import Drafter
+from specdec.drafters.block import BlockDrafter
 from specdec.drafters.directory import check_fingerprint, read_drafter_json
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.head import head_for
+from specdec.drafters.kangaroo import KangarooDrafter
 from specdec.drafters.lookup import LookupDrafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.recycling import RecyclingDrafter
@@ -46,6 +48,8 @@ WORDS: dict[str, Callable[..., Drafter]] = {
 }
 HEAD_DRAFTERS: dict[str, Callable[..., Drafter]] = {
     "medusa": MedusaDrafter,
+    "dflash": BlockDrafter,
+    "kangaroo": KangarooDrafter,
 }
 """What drafts with each kind of head in `specdec.heads.kinds.HEADS`; called with the target, the head and options."""
 

@@ -19,19 +19,21 @@ class FixedGrowth:
     Args:
         shape: which ranks are tried where.
         children: "chosen" or "drawn".
-        min_confidence: see `grow_levels`.
+        min_confidence, min_probability: see `grow_levels`.
 
     Raises:
         UnknownDrafter: drawn children where the shape leaves out a rank; a draw cannot be left out.
     """
 
-    def __init__(self, shape: Shape, children: Children = "chosen", min_confidence: float = 0.0) -> None:
+    def __init__(
+        self, shape: Shape, children: Children = "chosen", min_confidence: float = 0.0, min_probability: float = 0.0
+    ) -> None:
         if children == "drawn" and shape.has_gaps:
             raise UnknownDrafter(
                 "this tree leaves out some ranks, which only chosen children can do; add the lower-ranked siblings "
                 "or use children=chosen"
             )
-        self.shape, self.min_confidence = shape, min_confidence
+        self.shape, self.min_confidence, self.min_probability = shape, min_confidence, min_probability
         self.children: Children = children
 
     @property
@@ -59,8 +61,9 @@ class FixedGrowth:
             return expand(Frontier(tokens[:, nodes], _for_rows(parents, rows), _for_rows(depths, rows)))
 
         tree = grow_levels(
-            shape, root, self.children, params, chooser, expand_nodes, min_confidence=self.min_confidence
-        )
+            shape, root, self.children, params, chooser, expand_nodes, min_confidence=self.min_confidence,
+            min_probability=self.min_probability,
+        )  # fmt: skip
         row = [columns.get(node, NO_NODE) for node in range(tree.num_nodes)]
         return Grown(tree, [row] * tree.tokens.shape[0])
 
