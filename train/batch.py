@@ -79,6 +79,19 @@ class TrainBatch:
             result[:, :-ahead] = self.supervised[:, ahead:] & same
         return result
 
+    def laws(self, ahead: int) -> Tensor:
+        """The target's logits [M, V] of token t + ahead at the M positions t of `drafts(ahead)`."""
+        assert self.logits is not None, "features with logits come first"
+        stands = torch.zeros_like(self.supervised)
+        stands[:, ahead - 1 :] = self.drafts(ahead)[:, : self.ids.shape[1] - ahead + 1]
+        return self.logits[stands]
+
+    def tokens(self, ahead: int) -> Tensor:
+        """Token t + ahead [M] at the M positions t of `drafts(ahead)`."""
+        stands = torch.zeros_like(self.supervised)
+        stands[:, ahead:] = self.drafts(ahead)[:, : self.ids.shape[1] - ahead]
+        return self.ids[stands]
+
     def generator(self, row: int, purpose: str) -> torch.Generator:
         """Random numbers of one row for one purpose, the same whoever computes it."""
         return torch.Generator().manual_seed(derived_seed(self.seed, purpose, self.row_numbers[row]))

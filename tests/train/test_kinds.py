@@ -1,0 +1,130 @@
+"""Every kind of head learns a text by heart, and then drafts it: training and decoding mean the same positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specdec.probe import target_of
+from specdec.train.batch import TrainBatch
+from specdec.train.evaluate import Evaluator
+from specdec.train.features import TargetFeatures
+from specdec.train.kinds.eagle import Eagle3Training, EagleTraining
+from specdec.train.kinds.head import HeadTraining
+from specdec.train.kinds.kangaroo import KangarooTraining
+from specdec.train.kinds.medusa import MedusaTraining
+from specdec.train.kinds.sequential import CloverTraining, HydraTraining, MLPSpeculatorTraining
+from specdec.train.objective import Objective
+from specdec.train.order import Piece
+from specdec.train.prepared import MemoryData
+from tests.tiny import make_target
+
+PROMPT, LENGTH, TEXTS = 4, 36, 6
+
+KINDS: dict[str, Callable[[Any], HeadTraining]] = {
+    "medusa": lambda target: MedusaTraining(target, num_heads=3),
+    "medusa with own matrices": lambda target: MedusaTraining(target, num_heads=3, num_layers=2, output="own"),
+    "hydra": lambda target: HydraTraining(target, num_heads=3),
+    "hydra++": lambda target: HydraTraining(target, num_heads=3, num_layers=2, prefix=True),
+    "clover": lambda target: CloverTraining(target, num_heads=3),
+    "mlp-speculator": lambda target: MLPSpeculatorTraining(target, num_heads=3),
+    "eagle": lambda target: EagleTraining(target, steps=3, noise=0.02, law_weight=1.0, options={"depth": 3}),
+    "eagle with a gate": lambda target: EagleTraining(
+        target, steps=3, noise=0.0, law_weight=1.0, fusion="gate", options={"depth": 3}
+    ),
+    "eagle3": lambda target: Eagle3Training(target, steps=3, options={"depth": 3}),
+    "kangaroo": lambda target: KangarooTraining(target, exit_layer=2, options={"depth": 3}),
+}
+
+
+@cache
+def target() -> Any:
+    """Its text does not repeat itself."""
+    return target_of(make_target(seed=4))
+
+
+@cache
+def batch() -> TrainBatch:
+    """The target's own greedy texts, two packed into a row, with features."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(3, 100, (TEXTS, PROMPT), generator=generator)
+    texts = target().model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=LENGTH - PROMPT, do_sample=False
+    )
+    supervised = torch.arange(LENGTH) >= PROMPT
+    data = MemoryData([(text, supervised) for text in texts])
+    rows = [(Piece(n, 0, LENGTH), Piece(n + 1, 0, LENGTH)) for n in range(0, TEXTS, 2)]
+    laid = TrainBatch.of_rows(data, rows, [0, 1, 2], 2 * LENGTH)
+    taps = tuple(range(target().num_layers + 1))
+    return TargetFeatures(target(), (*taps, -1))(laid)
+
+
+def learn(training: HeadTraining, steps: int = 150) -> list[float]:
+    """Losses of full-batch training."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.AdamW([p for p in training.module.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - step / steps) + 1e-4
+        loss = torch.stack([term.total for term in training.terms(batch(), Objective())]).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(training.module.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item() / batch().num_supervised)
+    return losses
+
+
+def prompts() -> list[list[int]]:
+    return [batch().ids[n // 2, n % 2 * LENGTH :][:PROMPT].tolist() for n in range(TEXTS)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_that_knows_the_text_by_heart_drafts_it(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    training = KINDS[kind](target())
+    evaluator = Evaluator(target().model, prompts(), max_new_tokens=LENGTH - PROMPT)
+    before = evaluator.measure(training.drafter()).tau
+    losses = learn(training)
+    assert losses[-1] < 0.5 * losses[0]
+    after = evaluator.measure(training.drafter()).tau
+    assert after > 2.4 > before, f"tau went from {before:.2f} to {after:.2f}"
+    training.save(tmp_path / "drafter")
+    from specdec.drafters.load import load_drafter
+
+    options = "".join(f":depth={depth}" for depth in [training.options.get("depth")] if depth)
+    loaded = load_drafter(f"{tmp_path / 'drafter'}{options}", target().model)
+    assert evaluator.measure(loaded).tau == after
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_terms_look_at_supervised_tokens_of_one_document_alone(kind: str) -> None:
+    torch.manual_seed(2)
+    terms = KINDS[kind](target()).terms(batch(), Objective())
+    drafts = [term for term in terms if term.depth]
+    ahead = 0 if kind == "kangaroo" else 1
+    for term in drafts:
+        assert term.losses.numel() == int(batch().drafts(term.depth + ahead).sum()) > 0
+    assert [term.depth for term in drafts] == list(range(1, len(drafts) + 1))
+
+
+@pytest.mark.parametrize("kind", ["hydra++", "clover", "eagle", "eagle3", "kangaroo"])
+def test_heads_with_attention_do_not_look_into_the_neighbouring_document(kind: str) -> None:
+    torch.manual_seed(2)
+    training = KINDS[kind](target())
+    if kind == "eagle":
+        training.noise = 0.0  # type: ignore[attr-defined]
+    data = MemoryData([(row[start : start + LENGTH], torch.arange(LENGTH) >= PROMPT)
+                       for row in batch().ids for start in (0, LENGTH)])  # fmt: skip
+    alone = TrainBatch.of_rows(data, [(Piece(n, 0, LENGTH),) for n in range(TEXTS)], list(range(TEXTS)), LENGTH)
+    alone = TargetFeatures(target(), tuple(batch().taps))(alone)
+    packed, separate = training.terms(batch(), Objective()), training.terms(alone, Objective())
+    for one, other in zip(packed, separate, strict=True):
+        assert one.losses.shape == other.losses.shape
+        assert (one.losses - other.losses).abs().max() < 1e-4

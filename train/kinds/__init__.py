@@ -1,0 +1,1 @@
+"""How each kind of drafter learns: one file per kind, all of them Trainables."""

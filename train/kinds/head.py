@@ -1,0 +1,72 @@
+"""What all draft heads have in common in training: fp32 weights that learn, and a drafter made from a copy of them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from specdec.drafter import Drafter
+from specdec.drafters.directory import fingerprint
+from specdec.drafters.load import HEAD_DRAFTERS
+from specdec.formats import write
+from specdec.formats.checkpoint import HeadCheckpoint
+from specdec.target import Target
+from specdec.train.batch import TrainBatch
+from specdec.train.objective import Objective, Term
+
+
+class HeadTraining:
+    """Base of a kind: subclasses say which taps they read and compute the terms.
+
+    Args:
+        target: probed; frozen here.
+        head: the module that learns; turned to fp32, since small updates vanish in bf16.
+        taps: hidden states that `terms` reads.
+        options: of the drafter that validation decodes with.
+    """
+
+    kind: ClassVar[str]
+    needs_logits: bool = True
+
+    def __init__(
+        self, target: Target, head: nn.Module, taps: tuple[int, ...], options: dict[str, Any] | None = None
+    ) -> None:
+        self.target = target
+        self.taps = taps
+        self.module = head.float().to(target.device)
+        self.options = dict(options or {})
+        for parameter in target.model.parameters():
+            parameter.requires_grad_(False)
+
+    def terms(self, batch: TrainBatch, objective: Objective) -> list[Term]:
+        """The loss of a batch, as addends."""
+        raise NotImplementedError
+
+    def target_logits(self, hidden: Tensor) -> Tensor:
+        """The target's own output matrix on states [M, D] of any dtype."""
+        weight = cast(Any, self.target.lm_head).weight
+        return self.target.lm_head(hidden.to(weight.dtype))
+
+    def drafter(self) -> Drafter:
+        """Drafts with the weights as they are now, in the target's dtype."""
+        head = copy.deepcopy(self.module).to(self.target.dtype).eval()
+        return HEAD_DRAFTERS[self.kind](self.target, head, **self.options)
+
+    def checkpoint(self) -> HeadCheckpoint:
+        """The head in the target's dtype, as every format takes it."""
+        return HeadCheckpoint(self.kind, self.module.config, self.tensors(), fingerprint(self.target.model))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state dict in the target's dtype, on the host."""
+        dtype = self.target.dtype
+        return {
+            name: (value.detach().to(dtype) if value.is_floating_point() else value).cpu().contiguous()
+            for name, value in self.module.state_dict().items()
+        }
+
+    def save(self, path: Path) -> None:
+        """Write a drafter directory that `load_drafter` takes."""
+        write(self.checkpoint(), path)
