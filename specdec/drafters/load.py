@@ -33,6 +33,7 @@ from specdec.drafters.kangaroo import KangarooDrafter
 from specdec.drafters.lookup import LookupDrafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.recycling import RecyclingDrafter
+from specdec.drafters.sequential import SequentialDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.errors import DrafterMismatch, UnknownDrafter
 from specdec.optimize import is_packed, optimize
@@ -48,6 +49,9 @@ WORDS: dict[str, Callable[..., Drafter]] = {
 }
 HEAD_DRAFTERS: dict[str, Callable[..., Drafter]] = {
     "medusa": MedusaDrafter,
+    "hydra": SequentialDrafter,
+    "clover": SequentialDrafter,
+    "mlp-speculator": SequentialDrafter,
     "dflash": BlockDrafter,
     "kangaroo": KangarooDrafter,
 }

@@ -4,6 +4,7 @@ fixed        one shape for all steps: the best one for the budget, or that of a 
 sequoia      one shape: the best one for a measured acceptance vector
 eagle2       expand the 10 best of each level, keep the best of all
 opt-tree     go deeper while that gains enough
+clover       few nodes, spent from the top down; children far behind the likeliest are dropped
 best-first   the best tree of its budget by draft probability (on independent marginals: DDTree)
 dyspec       drawn children, best slot first, or all slots above a threshold
 calibrated   best-first by acceptance learned while decoding
@@ -21,6 +22,7 @@ from specdec.errors import UnknownDrafter
 from specdec.grow.accuracy import AcceptanceCounts
 from specdec.grow.calibration import CalibratedGrowth
 from specdec.grow.chosen import ChosenGrowth
+from specdec.grow.clover import BUDGET, LEAST_SHARE, CloverGrowth
 from specdec.grow.drawn import DrawnGrowth
 from specdec.grow.fixed import FixedGrowth
 from specdec.grow.levels import Children
@@ -149,6 +151,11 @@ def _opt_tree(limits: Limits) -> GrowthPolicy:
     return ChosenGrowth(*limits.sizes, least_gain=gain)
 
 
+def _clover(limits: Limits) -> GrowthPolicy:
+    share = LEAST_SHARE if limits.threshold is None else limits.threshold
+    return CloverGrowth(limits.budget or BUDGET, limits.depth, limits.width, least_share=share)
+
+
 def _best_first(limits: Limits) -> GrowthPolicy:
     return ChosenGrowth(*limits.sizes)
 
@@ -173,6 +180,7 @@ POLICIES: dict[str, Callable[[Limits], GrowthPolicy]] = {
     "sequoia": _sequoia,
     "eagle2": _eagle2,
     "opt-tree": _opt_tree,
+    "clover": _clover,
     "best-first": _best_first,
     "dyspec": _dyspec,
     "calibrated": _calibrated,
@@ -182,6 +190,7 @@ USED: dict[str, set[str]] = {
     "sequoia": {"table", "min_confidence", "children=drawn"},
     "eagle2": set(),
     "opt-tree": {"threshold"},
+    "clover": {"threshold"},
     "best-first": set(),
     "dyspec": {"threshold", "children=drawn"},
     "calibrated": {"table", "children=drawn"},
