@@ -26,6 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specdec.grow.chosen import ChosenGrowth
 from specdec.grow.policy import Expand, Frontier, Grown, assembled
 from specdec.sampling import Chooser, SamplingParams
 from specdec.tree import NO_NODE, TokenTree
@@ -74,6 +75,7 @@ class DrawnGrowth:
     ) -> None:
         self.budget, self.depth, self.width, self.threshold = budget, depth, width, threshold
         self.values: SlotValues = values or DraftProbabilities()
+        self._without_sampling = ChosenGrowth(budget, depth, width)
 
     @property
     def is_chain(self) -> bool:
@@ -83,7 +85,9 @@ class DrawnGrowth:
     def grow(
         self, root: Tensor, params: SamplingParams, chooser: Chooser, room: int, expand: Expand, most_children: int
     ) -> Grown:
-        """Needs a law to draw from, so `params.do_sample`."""
+        """Drawn children when sampling; without, the best tree by draft probability."""
+        if not params.do_sample:
+            return self._without_sampling.grow(root, params, chooser, room, expand, most_children)
         return self.grow_slots(root, params, chooser, room, expand, most_children).tree(root, self)
 
     def observe(self, tree: TokenTree, nodes: list[list[int]]) -> None:
