@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from specdec.errors import BadCheckpoint
-from specdec.formats import medusa_2, medusa_v1, medusa_v2, native, vllm_medusa
+from specdec.formats import dflash, kangaroo, medusa_2, medusa_v1, medusa_v2, native, vllm_medusa
 from specdec.formats.checkpoint import HeadCheckpoint, check_tensors
 from specdec.formats.folder import Folder
 from specdec.formats.replace import whole_directory
@@ -44,6 +44,8 @@ FORMATS: tuple[Format, ...] = cast(
     tuple[Format, ...],
     (
         native,
+        dflash,
+        kangaroo,
         medusa_v1,
         medusa_v2,
         medusa_2,

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import torch
 from torch import Tensor
 
-from specdec.errors import BadCheckpoint
+from specdec.errors import BadCheckpoint, SpecdecError
 from specdec.heads.kinds import HEADS
 
 Config = TypeVar("Config")
@@ -54,8 +54,11 @@ def check_tensors(checkpoint: HeadCheckpoint, where: str) -> None:
     Raises:
         BadCheckpoint: names every missing, unexpected and wrong-shaped tensor.
     """
-    with torch.device("meta"):
-        head = HEADS[checkpoint.kind].head(checkpoint.config)
+    try:
+        with torch.device("meta"):
+            head = HEADS[checkpoint.kind].head(checkpoint.config)
+    except SpecdecError as error:  # a rope type or an activation that heads do not have
+        raise BadCheckpoint(f"{where}: {error}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     got = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
     problems = [f"{name} is missing" for name in expected if name not in got]

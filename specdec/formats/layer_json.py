@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from specdec.errors import BadCheckpoint
@@ -86,7 +87,5 @@ def checked_config(config_class: type[Config], where: str, **values: Any) -> Con
     Raises:
         BadCheckpoint: names the field that is of another type, or what the object refuses.
     """
-    from dataclasses import asdict, is_dataclass
-
     plain = {key: asdict(value) if is_dataclass(value) else value for key, value in values.items()}  # type: ignore[arg-type]
     return config_from_json(config_class, plain, where)
