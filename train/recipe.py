@@ -1,4 +1,4 @@
-"""Settings of a training run: sensible ones for each kind, so that no flag is needed, and TOML files that override them.
+"""Settings of a training run: sensible ones for each kind, so that no flag is needed, and TOML files over them.
 
 kind = "eagle3"
 [loop]            # train.loop.LoopSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ class HeadTraining:
         options: of the drafter that validation decodes with.
     """
 
-    kind: ClassVar[str]
+    kind: str
     needs_logits: bool = True
 
     def __init__(
