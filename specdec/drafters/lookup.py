@@ -12,32 +12,37 @@ from torch import Tensor
 from specdec.context import Context
 from specdec.drafter import Committed
 from specdec.errors import UnknownDrafter
+from specdec.grow.trie import merged
 from specdec.sampling import Chooser, SamplingParams
 from specdec.tree import TokenTree
 
 
 class LookupDrafter:
-    """Chains from n-gram matches in prompt and output.
+    """Chains, or trees of several, from n-gram matches in prompt and output.
 
     Args:
         ngram: longest n-gram to match.
         tokens: longest chain to propose.
         min_ngram: shortest n-gram to match.
+        matches: how many places to take continuations from, the most recent first; equal beginnings become one path of
+            a tree of at most `tokens * matches` nodes.
     """
 
     taps: tuple[int, ...] = ()
 
-    def __init__(self, *, ngram: int = 3, tokens: int = 10, min_ngram: int = 1) -> None:
+    def __init__(self, *, ngram: int = 3, tokens: int = 10, min_ngram: int = 1, matches: int = 1) -> None:
         if not 1 <= min_ngram <= ngram:
             raise UnknownDrafter(f"lookup needs 1 <= min_ngram <= ngram, got min_ngram={min_ngram}, ngram={ngram}")
         if tokens < 1:
             raise UnknownDrafter(f"lookup needs tokens >= 1, got {tokens}")
-        self.ngram, self.tokens, self.min_ngram = ngram, tokens, min_ngram
+        if matches < 1:
+            raise UnknownDrafter(f"lookup needs matches >= 1, got {matches}")
+        self.ngram, self.tokens, self.min_ngram, self.matches = ngram, tokens, min_ngram, matches
         self._rows: list[NgramIndex] = []
 
     def reset(self, batch_size: int, context: Context) -> None:
         """Forget all text."""
-        self._rows = [NgramIndex(self.min_ngram, self.ngram) for _ in range(batch_size)]
+        self._rows = [NgramIndex(self.min_ngram, self.ngram, self.matches) for _ in range(batch_size)]
 
     def observe(self, committed: Committed) -> None:
         """Index the final tokens."""
@@ -45,10 +50,11 @@ class LookupDrafter:
             index.extend(tokens)
 
     def propose(self, root: Tensor, params: SamplingParams, chooser: Chooser, room: int) -> TokenTree:
-        """A chain per row, empty where nothing matches."""
+        """A chain per row, or a tree of several, empty where nothing matches."""
         length = min(self.tokens, room)
-        chains = [index.continuation(token, length) for index, token in zip(self._rows, root.tolist(), strict=True)]
-        return TokenTree.of_chains(root, chains)
+        rows = zip(self._rows, root.tolist(), strict=True)
+        trees = [merged(index.continuations(token, length), length * self.matches) for index, token in rows]
+        return TokenTree.of_nodes(root, trees)
 
     def select(self, rows: list[int]) -> None:
         """Keep only these rows."""
@@ -56,12 +62,12 @@ class LookupDrafter:
 
 
 class NgramIndex:
-    """Where each n-gram of a growing text last ended."""
+    """Where each n-gram of a growing text ended, the last few times."""
 
-    def __init__(self, shortest: int, longest: int) -> None:
-        self.shortest, self.longest = shortest, longest
+    def __init__(self, shortest: int, longest: int, places: int = 1) -> None:
+        self.shortest, self.longest, self.places = shortest, longest, places
         self.text: list[int] = []
-        self._ends: dict[tuple[int, ...], int] = {}
+        self._ends: dict[tuple[int, ...], list[int]] = {}
 
     def extend(self, tokens: list[int]) -> None:
         """Append tokens and index every n-gram that ends in them."""
@@ -69,10 +75,12 @@ class NgramIndex:
             self.text.append(token)
             end = len(self.text)
             for n in range(self.shortest, min(self.longest, end) + 1):
-                self._ends[tuple(self.text[end - n : end])] = end
+                ends = self._ends.setdefault(tuple(self.text[end - n : end]), [])
+                ends.append(end)
+                del ends[: -self.places]
 
-    def continuation(self, root: int, length: int) -> list[int]:
-        """Up to `length` tokens that followed the last occurrence of the text's end plus `root`.
+    def continuations(self, root: int, length: int) -> list[list[int]]:
+        """Up to `length` tokens that followed each of the last occurrences of the text's end plus `root`.
 
         A continuation that runs into the end of the text goes on periodically: the text from the match on
         is about to repeat.
@@ -81,10 +89,12 @@ class NgramIndex:
             if n - 1 > len(self.text):
                 continue
             key = (*self.text[len(self.text) - n + 1 :], root)
-            end = self._ends.get(key)
-            if end is not None:
-                source = self.text[end : end + length]
-                if len(source) < length:
-                    source.append(root)
-                return [source[i % len(source)] for i in range(length)]
+            if key in self._ends:
+                return [self._from(end, root, length) for end in reversed(self._ends[key])]
         return []
+
+    def _from(self, end: int, root: int, length: int) -> list[int]:
+        source = self.text[end : end + length]
+        if len(source) < length:
+            source.append(root)
+        return [source[i % len(source)] for i in range(length)]

@@ -32,7 +32,7 @@ def test_the_longest_and_then_most_recent_match_is_continued(shortest: int, long
             index.extend(piece)
             position += len(piece)
         expected = most_recent_continuation(text, shortest, longest, 7)
-        assert index.continuation(text[-1], 7) == expected
+        assert index.continuations(text[-1], 7) == ([expected] if expected else [])
         found += bool(expected)
     assert found >= 50
 
@@ -40,11 +40,11 @@ def test_the_longest_and_then_most_recent_match_is_continued(shortest: int, long
 def test_a_period_is_continued_beyond_the_end_of_the_text() -> None:
     index = NgramIndex(1, 3)
     index.extend([9, 1, 2, 3, 1, 2])
-    assert index.continuation(3, 8) == [1, 2, 3, 1, 2, 3, 1, 2]
+    assert index.continuations(3, 8) == [[1, 2, 3, 1, 2, 3, 1, 2]]
 
 
 def test_nothing_is_proposed_without_an_earlier_occurrence() -> None:
     index = NgramIndex(1, 3)
-    assert index.continuation(5, 4) == []
+    assert index.continuations(5, 4) == []
     index.extend([1, 2, 3])
-    assert index.continuation(4, 4) == []
+    assert index.continuations(4, 4) == []

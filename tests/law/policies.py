@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from specdec.grow.policy import Frontier, GrowthPolicy, Grown
+from specdec.grow.policy import Frontier, Grown, GrowthPolicy
 from specdec.sampling import Chooser, SamplingParams
 from specdec.tree import NO_NODE
 from tests.law.tables import SAMPLING, VOCAB, Context, Propose, Tables, root_of
@@ -73,6 +73,4 @@ def _check_columns(grown: Grown, paths: list[list[Context | None]]) -> None:
 
 def grown_by(make: Callable[[], GrowthPolicy], params: SamplingParams = SAMPLING, room: int = 9) -> Propose:
     """Proposals of a policy that is made anew for each tree, so that nothing learned carries over."""
-    return lambda tables, context, chooser: grow_rows(
-        make(), tables, [context], chooser, params=params, room=room
-    ).tree
+    return lambda tables, context, chooser: grow_rows(make(), tables, [context], chooser, params=params, room=room).tree

@@ -182,7 +182,8 @@ MISTAKES: dict[str, Propose] = {
 def test_growth_that_cheats_is_lossy(propose: Propose, rule: Rule) -> None:
     tables = Tables.random(23, noise=2.0)
     assert distance(propose, by_rule(rule), tables, 3) > VISIBLE
-    assert distance(proposals.as_chosen(propose), by_rule("walk"), tables, 3) < EXACT  # harmless once nothing is claimed
+    # Harmless once nothing is claimed.
+    assert distance(proposals.as_chosen(propose), by_rule("walk"), tables, 3) < EXACT
 
 
 # --- Several rows, several steps ----------------------------------------------------------------------------
