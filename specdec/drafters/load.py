@@ -7,6 +7,7 @@ early-exit:layer=2,depth=3        the target's own first layers
 demo-draft:depth=4,budget=12      the draft model that ships with specdec
 path/to/model:depth=4,budget=12   a draft model
 path/to/drafter                   a directory with drafter.json
+suffix:min_match=5+NAME           a text match where there is one, any of the above elsewhere
 path/to/heads:budget=30           a draft head in any format of specdec.formats
 """
 
@@ -27,10 +28,13 @@ from specdec.drafter import Drafter
 from specdec.drafters.block import BlockDrafter
 from specdec.drafters.directory import check_fingerprint, read_drafter_json
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.head import head_for
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.kangaroo import KangarooDrafter
 from specdec.drafters.lookup import LookupDrafter
+from specdec.drafters.measured import MeasuredDrafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.recycling import RecyclingDrafter
 from specdec.drafters.sequential import SequentialDrafter
@@ -53,9 +57,14 @@ HEAD_DRAFTERS: dict[str, Callable[..., Drafter]] = {
     "clover": SequentialDrafter,
     "mlp-speculator": SequentialDrafter,
     "dflash": BlockDrafter,
+    "eagle": EagleDrafter,
+    "eagle3": EagleDrafter,
     "kangaroo": KangarooDrafter,
 }
 """What drafts with each kind of head in `specdec.heads.kinds.HEADS`; called with the target, the head and options."""
+
+TEXT_WORDS = ("lookup", "suffix", "recycling")
+"""Drafters that look into the text alone; `WORD+NAME` asks another one where they propose nothing."""
 
 NOT_OPTIONS = {"self", "target", "head", "vocab_size", "shape"}
 
@@ -85,6 +94,12 @@ def load_drafter(spec: Drafter | PreTrainedModel | str | Path | None, model: Pre
             raise UnknownDrafter(f"drafter is a name, a path, a model or a Drafter, got {got}")
         check_fits(spec, model)
         return spec
+    match, _, rest = str(spec).partition("+")
+    if rest and match.partition(":")[0] in TEXT_WORDS:
+        first, second = load_drafter(match, model), load_drafter(rest, model)
+        assert first is not None, "names are never None"
+        assert second is not None, "names are never None"
+        return HybridDrafter(first, second)
     name, options = parse_spec(str(spec))
     if name in WORDS:
         return _from_word(name, options, model)
@@ -121,6 +136,11 @@ def check_fits(drafter: Drafter, model: PreTrainedModel) -> None:
     Raises:
         DrafterMismatch: it runs another target's layers, or its vocabulary is another one.
     """
+    if isinstance(drafter, HybridDrafter):
+        check_fits(drafter.first, model)
+        check_fits(drafter.second, model)
+    if isinstance(drafter, MeasuredDrafter):
+        check_fits(drafter.drafter, model)
     vocabulary = vocab_size(model)
     if isinstance(drafter, EarlyExitDrafter) and drafter.target.model is not model:
         raise DrafterMismatch("this early-exit drafter runs the layers of another model; load one for this target")
