@@ -10,8 +10,8 @@ Dimensions: D hidden size, V vocabulary, K heads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ class HydraConfig:
         grounded: heads see the drafted tokens; False makes them independent of each other, as Medusa's are.
         shared_blocks: the blocks of a head after its first are one and the same, as in all published files.
         prefix: the decoder layer of Hydra++; None for Hydra.
+        prefix_from_target: the files did not describe that layer: of `prefix`, the shapes of tensors are true, the
+            rest waits for `fitted_to`.
     """
 
     hidden_size: int
@@ -40,6 +42,7 @@ class HydraConfig:
     grounded: bool = True
     shared_blocks: bool = True
     prefix: LayerConfig | None = None
+    prefix_from_target: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads < 1 or self.num_layers < 1:
@@ -47,10 +50,35 @@ class HydraConfig:
         if self.prefix is not None and self.prefix.hidden_size != self.hidden_size:
             raise ValueError(f"prefix has hidden size {self.prefix.hidden_size}, the heads {self.hidden_size}")
 
+    def fitted_to(self, text_config: Any) -> HydraConfig:
+        """With heads, rotary positions and norms of the prefix layer as in the target of this config, if they are open.
+
+        Raises:
+            ValueError: the target's layers have other shapes.
+        """
+        if self.prefix is None or not self.prefix_from_target:
+            return self
+        layer = LayerConfig.of(text_config)
+        if _shapes(layer) != _shapes(self.prefix):
+            raise ValueError(f"the prefix layer has sizes {_shapes(self.prefix)}, the target's layers {_shapes(layer)}")
+        return replace(self, prefix=layer, prefix_from_target=False)
+
     @property
     def own_blocks(self) -> int:
         """Blocks of weights behind the first one of each head."""
         return min(self.num_layers - 1, 1) if self.shared_blocks else self.num_layers - 1
+
+
+def _shapes(layer: LayerConfig) -> dict[str, int | bool]:
+    """What the shapes of a layer's tensors show."""
+    return {
+        "hidden": layer.hidden_size,
+        "inner": layer.intermediate_size,
+        "queries": layer.num_attention_heads * layer.head_dim,
+        "keys": layer.num_key_value_heads * layer.head_dim,
+        "biases": layer.attention_bias,
+        "head norms": layer.qk_norm,
+    }
 
 
 class Block(nn.Module):

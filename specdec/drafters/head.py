@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -37,7 +38,7 @@ def head_for(path: Path, model: PreTrainedModel) -> tuple[str, nn.Module]:
         checkpoint = formats.read(path)
         check_target(checkpoint.target, path, model)
         _require_its_own_base(checkpoint, path, model)
-        kept[key] = (checkpoint.kind, build_head(checkpoint, model.dtype).to(model.device))
+        kept[key] = (checkpoint.kind, build_head(_fitted(checkpoint, path, model), model.dtype).to(model.device))
     return kept[key]
 
 
@@ -51,6 +52,17 @@ def build_head(checkpoint: HeadCheckpoint, dtype: torch.dtype) -> nn.Module:
     tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in checkpoint.tensors.items()}
     head.load_state_dict(tensors, strict=True, assign=True)
     return head.eval().requires_grad_(False)
+
+
+def _fitted(checkpoint: HeadCheckpoint, path: Path, model: PreTrainedModel) -> HeadCheckpoint:
+    """With what the files leave open as it is in the target."""
+    fitted_to = getattr(checkpoint.config, "fitted_to", None)
+    if fitted_to is None:
+        return checkpoint
+    try:
+        return replace(checkpoint, config=fitted_to(model.config.get_text_config(decoder=True)))
+    except ValueError as error:
+        raise DrafterMismatch(f"the drafter in {path} was made for another target: {error}") from error
 
 
 def _require_its_own_base(checkpoint: HeadCheckpoint, path: Path, model: PreTrainedModel) -> None:

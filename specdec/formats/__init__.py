@@ -15,7 +15,22 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from specdec.errors import BadCheckpoint
-from specdec.formats import dflash, kangaroo, medusa_2, medusa_v1, medusa_v2, native, vllm_medusa
+from specdec.formats import (
+    clover2,
+    dflash,
+    eagle,
+    eagle3,
+    hydra,
+    kangaroo,
+    medusa_2,
+    medusa_v1,
+    medusa_v2,
+    mlp_speculator,
+    native,
+    speculators_eagle3,
+    vllm_eagle3,
+    vllm_medusa,
+)
 from specdec.formats.checkpoint import HeadCheckpoint, check_tensors
 from specdec.formats.folder import Folder
 from specdec.formats.replace import whole_directory
@@ -50,6 +65,13 @@ FORMATS: tuple[Format, ...] = cast(
         medusa_v2,
         medusa_2,
         vllm_medusa,
+        hydra,
+        clover2,
+        mlp_speculator,
+        eagle,
+        eagle3,
+        vllm_eagle3,
+        speculators_eagle3,
     ),
 )  # fmt: skip
 """Every format, in no particular order: at most one matches. A drafter.json with a head makes it the native one."""

@@ -202,9 +202,8 @@ def _unpickled(file: Path) -> Mapping[str, Tensor]:
         # Mapping the file instead of reading it is possible for the zip form alone.
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
-        reason = _first_line(error)
-        if "Unsupported global" in str(error) or "weights_only" in str(error) or "Weights only" in str(error):
-            reason = "it asks for code to be run or holds more than tensors"
+        asks_for_code = any(phrase in str(error) for phrase in ("Unsupported global", "Unsupported class", "GLOBAL"))
+        reason = "it asks for code to be run" if asks_for_code else "it is no whole pickle of tensors"
         raise BadCheckpoint(f"{file} is refused: {reason}; specdec opens pickles for tensors only") from error
     if not isinstance(loaded, Mapping) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()
@@ -275,6 +274,11 @@ def copy_directory(source: Folder, path: Path, added: Mapping[str, Tensor], *, w
         weight_map.update(dict.fromkeys(names, name_of_file))
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a file are copies of each other: dtype, shape and every number."""
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
