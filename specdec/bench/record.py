@@ -198,7 +198,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a file through a temporary neighbour, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    # Half a surrogate pair, as from a file's name, becomes its escape: UTF-8 has none, and JSON reads it back.
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
