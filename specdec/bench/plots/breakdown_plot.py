@@ -36,10 +36,11 @@ def breakdown_plot(seconds: Mapping[str, Mapping[str, float]], plain_step: float
         y = top + ROW * row + 5
         canvas.text(left - 10, y + 12, name, anchor="end", within=left - 10)
         _stack(canvas, scale, y, name, parts)
-        canvas.text(scale(1000 * totals[name]) + 6, y + 12, f"{1000 * totals[name]:.3g} ms", kind="small")
     if plain_step:
         canvas.line(scale(1000 * plain_step), top - 4, scale(1000 * plain_step), bottom, "mark")
         canvas.text(scale(1000 * plain_step), top - 8, "one plain step", anchor="middle", kind="muted small")
+    for row, total in enumerate(totals.values()):
+        canvas.text(scale(1000 * total) + 6, top + ROW * row + 17, f"{1000 * total:.3g} ms", kind="small")
     return canvas.svg()
 
 

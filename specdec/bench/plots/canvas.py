@@ -15,7 +15,8 @@ SIZE = 12
 _STYLE = (
     variables(".plot")
     + f".plot{{font-family:{FONT};font-size:{SIZE}px;font-variant-numeric:tabular-nums;width:100%;height:auto}}"
-    + ".plot text{fill:var(--ink)}.plot .muted{fill:var(--muted)}.plot .small{font-size:10.5px}"
+    + ".plot text{fill:var(--ink)}.plot .muted{fill:var(--muted)}.plot .small{font-size:10.5px;"
+    + "paint-order:stroke;stroke:var(--page);stroke-width:3px}"
     + ".plot .strong{font-weight:600}.plot .grid{stroke:var(--grid)}.plot .axis{stroke:var(--line)}"
     + ".plot .mark{stroke:var(--ink);stroke-dasharray:4 3}.plot .whisker{stroke:var(--ink);stroke-width:1.3}"
 )

@@ -34,7 +34,7 @@ def histogram_plot(counts: Mapping[str, Mapping[int, int]], methods: list[str]) 
     for index, name in enumerate(shown):
         left, top = width * (index % ACROSS), PANEL_HEIGHT * (index // ACROSS)
         mean = sum(n * times for n, times in counts[name].items()) / sum(counts[name].values())
-        canvas.text(left + 8, top + 14, name, kind="strong", within=width - 82)
+        canvas.text(left + 8, top + 14, name, kind="strong", within=width - 104)
         canvas.text(left + width - 18, top + 14, f"mean {mean:.2f}", anchor="end", kind="muted small")
         across = Scale(0.5, longest + 0.5, left + 8, left + width - 18)
         up = Scale(0, highest, top + PANEL_HEIGHT - 26, top + 36)

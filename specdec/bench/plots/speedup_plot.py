@@ -18,26 +18,25 @@ def speedup_plot(groups: Groups, methods: list[str]) -> str:
     """Horizontal bars, one block a column and one bar a method; whiskers are intervals, the dashed line is 1.
 
     Args:
-        groups: estimates; methods missing from a column leave their place empty.
+        groups: estimates; methods may be missing from a column.
         methods: in the order of colours and bars.
     """
     shown = [name for name in methods if any(name in block for block in groups.values())]
     if not shown:
         return empty(TITLE, "No speed-up: nothing was measured on the same prompts as the baseline.")
     bar = 14 if len(shown) <= 4 else 11
-    block = bar * len(shown) + 14
+    heights = [bar * sum(name in block for name in shown) + 14 for block in groups.values()]
     top = legend_height(shown) + 18
-    canvas = Canvas(top + block * len(groups) + 24, TITLE)
+    canvas = Canvas(top + sum(heights) + 24, TITLE)
     canvas.legend(shown, [series(name, methods) for name in shown], 0)
     left = min(max(text_width(column) for column in groups) + 12, 230)
     scale = Scale(0, _largest(groups) * 1.02, left, WIDTH - 52)
-    _axis(canvas, scale, top, top + block * len(groups))
+    _axis(canvas, scale, top, top + sum(heights))
     for index, (column, estimates) in enumerate(groups.items()):
-        y = top + block * index + 7
-        canvas.text(left - 10, y + bar * len(shown) / 2 + 4, column, anchor="end", within=left - 10)
-        for row, name in enumerate(shown):
-            if name in estimates:
-                _bar(canvas, scale, y + bar * row, bar - 3, name, estimates[name], series(name, methods))
+        y = top + sum(heights[:index]) + 7
+        canvas.text(left - 10, y + (heights[index] - 14) / 2 + 3, column, anchor="end", within=left - 10)
+        for row, name in enumerate(name for name in shown if name in estimates):
+            _bar(canvas, scale, y + bar * row, bar - 3, name, estimates[name], series(name, methods))
     return canvas.svg()
 
 

@@ -20,6 +20,8 @@ from specdec.bench.report.words import (
 
 FEW_PROMPTS = 10
 """Below this an interval over prompts says little."""
+ERROR_LENGTH = 200
+"""More of an error is in summary.json."""
 
 
 def headline(summary: Summary) -> list[Block]:
@@ -58,14 +60,11 @@ def verdict_line(summary: Summary, name: str) -> str:
     method = summary["methods"][name]
     estimate = geometric_mean(method)
     assert estimate is not None
-    width = "one prompt only, no interval"
-    if estimate["low"] is not None:
-        width = f"95 % interval {estimate['low']:.2f} to {estimate['high']:.2f}"
     exact = exact_cell(method["overall"]["exactness"]["questions"], not method["lossy"]).text
     judged = "exactness not judged" if exact == MISSING else f"{exact} exact"
     if "," in exact:
         judged = f"exact: {exact}"
-    return f"{label(name, method)}: {estimate['value']:.2f}x plain generation ({width}), {judged}"
+    return f"{label(name, method)}: {estimate['value']:.2f}x plain generation ({_width(estimate)}), {judged}"
 
 
 def cautions(summary: Summary) -> list[Block]:
@@ -78,19 +77,13 @@ def cautions(summary: Summary) -> list[Block]:
                 Callout(f"{name} is lossless by design, but {count(wrong, 'question')} came out wrong.", "bad")
             )
         if method["errors"]["count"]:
-            first = method["errors"]["first"][0]
-            found.append(
-                Callout(
-                    f"{label(name, method)}: {method['errors']['count']} of {count(method['records'], 'record')} ended "
-                    f"in an error and are left out; the first, question {first['question_id']}: {first['error']}",
-                    "warn",
-                )
-            )
+            found.append(Callout(_failed(label(name, method), method), "warn"))
     baseline = summary["methods"].get(summary["baseline"])
     if baseline is None or not baseline["overall"]["requests"]:
         found.append(Callout("Without answers of the baseline there are no speed-ups.", "bad"))
     if summary["questions"] < FEW_PROMPTS:
-        found.append(Callout(f"Only {count(summary['questions'], 'question')}: read intervals with caution.", "warn"))
+        advice = "there are no intervals" if summary["questions"] == 1 else "read the intervals with caution"
+        found.append(Callout(f"Only {count(summary['questions'], 'question')}: {advice}.", "warn"))
     if summary["manifest"].get("finished", True) is None:
         found.append(Callout("The run is not finished: these are the records so far.", "warn"))
     return found
@@ -138,19 +131,25 @@ def _verdict(summary: Summary, name: str) -> list[Block]:
     if estimate["low"] is not None and not estimate["low"] <= 1 <= estimate["high"]:
         tone = "good" if estimate["low"] > 1 else "bad"
     exact = exact_cell(method["overall"]["exactness"]["questions"], not method["lossy"])
+    exact_count, _, others = exact.text.partition(", ")
     tau = method["overall"]["acceptance"].get("tau")
     speeds = [part["overall"]["throughput"]["tokens_per_second"] for part in (base, method)]
-    spread = MISSING if estimate["low"] is None else f"{estimate['low']:.2f} to {estimate['high']:.2f}"
     cards = [
-        Card(f"{estimate['value']:.2f}x", f"{label(name, method)} over plain, 95 % interval {spread}", tone),
-        Card(exact.text, "questions exact, token for token", exact.tone),
+        Card(f"{estimate['value']:.2f}x", f"{label(name, method)} over plain, {_width(estimate)}", tone),
+        Card(exact_count, "questions exact, token for token" + (f"; {others}" if others else ""), exact.tone),
         Card(number(tau["value"] if tau else None), "tau: tokens per target call, next_token included"),
         Card(f"{number(speeds[0], 0)} → {number(speeds[1], 0)}", "tokens per second, plain and with it"),
     ]
     sure = (
         " The interval contains 1: no difference was shown." if tone == "warn" and estimate["low"] is not None else ""
     )
-    return [Callout(f"{verdict_line(summary, name)}.{sure}", tone), Cards(cards)]
+    return [Callout(f"{verdict_line(summary, name)}.{sure}", "bad" if exact.tone == "bad" else tone), Cards(cards)]
+
+
+def _width(estimate: dict[str, Any]) -> str:
+    if estimate["low"] is None:
+        return "one prompt only, no interval"
+    return f"95 % interval {estimate['low']:.2f} to {estimate['high']:.2f}"
 
 
 def _circumstances(summary: Summary) -> list[str]:
@@ -173,6 +172,16 @@ _SETTINGS = {
     "temperature": "temperature",
     "max_new_tokens": "new tokens at most",
 }
+
+
+def _failed(name: str, method: dict[str, Any]) -> str:
+    many, first = method["errors"]["count"], method["errors"]["first"][0]
+    share = f"{many} of {method['records']} records failed and {'is' if many == 1 else 'are'} left out"
+    return f"{name}: {share}; the first, question {first['question_id']}: {_cut(first['error'])}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= ERROR_LENGTH else f"{text[:ERROR_LENGTH]}..."
 
 
 def _other_lengths(summary: Summary) -> list[Block]:

@@ -75,7 +75,7 @@ def _text(element: Element, text: str) -> None:
 
 def _breakable(element: Element, text: str) -> None:
     """Text that may be broken after punctuation, as in early-exit:layer=2,depth=3; copied, it is still the same."""
-    first, *rest = re.split(r"(?<=[,:=/_.])(?=\w)", printable(text))
+    first, *rest = re.split(r"(?<=[,:_])(?=\w)|(?<=/)(?=\w\w)", printable(text))
     element.text = first
     for piece in rest:
         SubElement(element, "wbr").tail = piece

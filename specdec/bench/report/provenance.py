@@ -22,7 +22,7 @@ CONVENTIONS = (
     ("mean_accept_length", "NVIDIA's speculation profile", "yes", "steps"),
     ("mean accepted", "gpt-fast", "no", "steps"),
 )
-SECTIONS = ("target", "questions", "settings", "hardware", "versions")
+SECTIONS = ("target", "questions", "prompts", "settings", "hardware", "versions")
 STARTS = ("started", "git_commit", "load_average")
 LONG = 120
 

@@ -11,6 +11,7 @@ STYLE = (
 body{{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 {FONT}}}
 main{{max-width:1000px;margin:0 auto;padding:32px 24px 64px}}
 h1{{font-size:26px;line-height:1.25;margin:0 0 4px;overflow-wrap:anywhere}}
+p.small+.callout{{margin-top:16px}}
 h2{{font-size:18px;margin:40px 0 10px;padding-top:14px;border-top:1px solid var(--grid)}}
 p{{margin:8px 0;overflow-wrap:anywhere}}
 p.small{{font-size:13px;color:var(--muted)}}

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,9 @@ RESAMPLES = 10_000
 CONFIDENCE = 0.95
 SEED = 0
 METHOD = (
-    f"95 % bootstrap over prompts, {RESAMPLES:,} resamples, seed {SEED}: prompts are drawn with "
-    "replacement within each column (prompts timed in one batch together), repeats and turns of a prompt stay with it, "
-    "and the percentiles are widened for the number of prompts as in Hesterberg 2015 (expanded percentile interval)."
+    f"95 % by bootstrap over prompts, {RESAMPLES:,} resamples, seed {SEED}: prompts are drawn with replacement within "
+    "each column, their repeats and turns with them, and prompts that were timed in one batch together; the interval "
+    "is Student's t times the standard deviation of the resampled logarithm, corrected for the number of prompts."
 )
 
 Floats = NDArray[np.float64]
@@ -55,7 +54,7 @@ def estimate(
 
     Args:
         columns: [n, k], one row a prompt.
-        statistic: function of the sums of the columns, vectorised over leading dimensions.
+        statistic: positive function of the sums of the columns, vectorised over leading dimensions.
         units: [n] what each row is resampled with.
         strata: [n] rows of different strata are resampled apart; None for one stratum. Used only where every
             stratum has two units or more, since a stratum of one would count as known exactly.
@@ -64,11 +63,11 @@ def estimate(
     """
     sums, sizes = unit_sums(columns, units, strata)
     value = float(statistic(sums.sum(axis=0)))
-    if len(sums) < 2 or not math.isfinite(value):
+    if len(sums) < 2 or not 0 < value < math.inf:
         return Estimate(value, None, None, len(sums))
-    values = statistic(draws(tuple(sizes), resamples, seed) @ sums)
-    low, high = np.quantile(values[np.isfinite(values)], tails(len(sums), len(sizes)))
-    return Estimate(value, float(low), float(high), len(sums))
+    logs = np.log(statistic(draws(tuple(sizes), resamples, seed) @ sums))
+    reach = math.exp(widening(len(sums), len(sizes)) * float(logs[np.isfinite(logs)].std()))
+    return Estimate(value, value / reach, value * reach, len(sums))
 
 
 def unit_sums(
@@ -98,17 +97,15 @@ def draws(sizes: tuple[int, ...], resamples: int, seed: int) -> Floats:
 
 
 @lru_cache
-def tails(units: int, strata: int) -> tuple[float, float]:
-    """Lower and upper quantile of the resampled values.
+def widening(units: int, strata: int) -> float:
+    """Half of an interval's width in standard deviations of the resampled values.
 
-    A resample varies less than the sample by (units - strata) / units, and few units need Student's t; both widen
-    the tails (Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69, 2015,
-    section 5.3).
+    A resample varies less than the sample by (units - strata) / units, and few units need Student's t (Hesterberg,
+    What Teachers Should Know About the Bootstrap, The American Statistician 69, 2015: t with bootstrap standard error).
+    Quantiles of the resamples instead cover too little with few prompts: 93 % of the time at 6.
     """
     freedom = units - strata
-    reach = math.sqrt(units / freedom) * t_quantile(0.5 + CONFIDENCE / 2, freedom)
-    lower = NormalDist().cdf(-reach)
-    return lower, 1 - lower
+    return math.sqrt(units / freedom) * t_quantile(0.5 + CONFIDENCE / 2, freedom)
 
 
 def quotient(sums: Floats) -> Floats:
