@@ -110,6 +110,7 @@ class BlockDrafter:
             self.head.inject(self.head.features(run.states), positions, context.cache)
             context.keep(run.columns)
 
+    @torch.inference_mode()
     def marginals(self, root: Tensor, depth: int) -> Tensor:
         """Logits [B, K, V] of the K = `depth` tokens after the roots [B], each given the text alone."""
         rows, first = root.shape[0], self.head.config.first_slot
