@@ -51,7 +51,10 @@ def write_answers(folder: Path, answers: Mapping[str, Sequence[Answer]]) -> None
 def file_name(method: str) -> str:
     """A method's name as part of a file's name; names that differ stay apart."""
     plain = re.sub(r"[^A-Za-z0-9._=,-]+", "_", method).strip("._")
-    return plain if plain == method else f"{plain[:80]}-{hashlib.sha256(method.encode(errors="backslashreplace")).hexdigest()[:6]}"
+    if plain == method:
+        return plain
+    digest = hashlib.sha256(method.encode(errors="backslashreplace")).hexdigest()
+    return f"{plain[:80]}-{digest[:6]}"
 
 
 def answers_of(records: Sequence[Record], model_id: str, ends: set[int], stamp: float) -> list[Answer]:
