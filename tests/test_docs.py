@@ -13,11 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import specdec
 from specdec.drafters.draft_model import DraftModelDrafter
-from specdec.drafters.load import NOT_OPTIONS, WORDS
+from specdec.drafters.load import HEAD_DRAFTERS, NOT_OPTIONS, WORDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "README.md"])
 DRAFTERS = {word: make for word, make in WORDS.items() if word != "demo-draft"} | {"path/to/model": DraftModelDrafter}
+DRAFTERS |= {kind: HEAD_DRAFTERS[kind] for kind in ("hydra", "clover", "mlp-speculator")}
 
 
 @pytest.fixture(scope="module")
