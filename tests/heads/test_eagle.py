@@ -43,7 +43,7 @@ def recomputed(w: Weights, config: EagleConfig, embeddings: Tensor, features: Te
         share = 1 / (1 + (-(torch.cat([one, two], -1) @ w["fuse.gate.weight"].T)).exp())
         x = share * one + (1 - share) * two
     else:
-        x = torch.cat([embeddings, features], -1) @ w["fc.weight"].T + w.get("fc.bias", torch.zeros(D))
+        x = torch.cat([embeddings, features], -1) @ w["fc.weight"].T + w.get("fc.bias", torch.zeros(layer.hidden_size))
     for index in range(config.num_layers):
         part = w.under(f"layers.{index}.")
         normed = x if index == 0 else rms_norm(x, part["input_layernorm.weight"], layer.rms_norm_eps)

@@ -47,7 +47,7 @@ def recomputed(w: Weights, config: Eagle3Config, embeddings: Tensor, features: T
     if config.fc_norm:
         parts = features.split(config.feature_size, -1)
         features = torch.cat([rms_norm(p, w[f"fc_norm.{k}.weight"], eps) for k, p in enumerate(parts)], -1)
-    g = features @ w["fc.weight"].T + w.get("fc.bias", torch.zeros(D))
+    g = features @ w["fc.weight"].T + w.get("fc.bias", torch.zeros(layer.hidden_size))
     first = w.under("layers.0.")
     normed = rms_norm(g, first["hidden_norm.weight"], eps)
     residual = normed if config.norm_before_residual else g
