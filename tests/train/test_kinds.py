@@ -32,7 +32,7 @@ KINDS: dict[str, Callable[[Any], HeadTraining]] = {
     "hydra": lambda target: HydraTraining(target, num_heads=3),
     "hydra++": lambda target: HydraTraining(target, num_heads=3, num_layers=2, prefix=True),
     "clover": lambda target: CloverTraining(target, num_heads=3),
-    "mlp-speculator": lambda target: MLPSpeculatorTraining(target, num_heads=3),
+    "mlp-speculator": lambda target: MLPSpeculatorTraining(target, num_heads=3, inner_size=64, tied=False),
     "eagle": lambda target: EagleTraining(target, steps=3, noise=0.02, law_weight=1.0, options={"depth": 3}),
     "eagle with a gate": lambda target: EagleTraining(
         target, steps=3, noise=0.0, law_weight=1.0, fusion="gate", options={"depth": 3}
@@ -72,7 +72,7 @@ def learn(training: HeadTraining, steps: int = 150) -> list[float]:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * (1 - step / steps) + 1e-4
-        loss = torch.stack([term.total for term in training.terms(batch(), Objective())]).sum()
+        loss = torch.stack([term.total for term in training.terms(batch(), Objective("ce"))]).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(training.module.parameters(), 1.0)
@@ -94,7 +94,7 @@ def test_a_head_that_knows_the_text_by_heart_drafts_it(kind: str, tmp_path: Path
     losses = learn(training)
     assert losses[-1] < 0.5 * losses[0]
     after = evaluator.measure(training.drafter()).tau
-    assert after > 2.4 > before, f"tau went from {before:.2f} to {after:.2f}"
+    assert after > 2.9 > 2.0 > before, f"tau went from {before:.2f} to {after:.2f}"
     training.save(tmp_path / "drafter")
     from specdec.drafters.load import load_drafter
 

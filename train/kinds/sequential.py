@@ -155,8 +155,12 @@ class MLPSpeculatorTraining(SequentialTraining):
     ) -> None:
         if head is None:
             config = MLPSpeculatorConfig(
-                target.hidden_size, target.vocab_size, num_heads, inner_size or target.hidden_size, tie_weights=tied,
+                hidden_size=target.hidden_size,
+                vocab_size=target.vocab_size,
+                inner_size=inner_size or target.hidden_size,
+                n_predict=num_heads,
+                tie_weights=tied,
                 scale_input=True,
-            )  # fmt: skip
+            )
             head = MLPSpeculatorHead(config)
         super().__init__(target, head, options=options)

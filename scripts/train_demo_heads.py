@@ -1,0 +1,260 @@
+"""Train the draft heads that ship with the demo pair, and measure every kind before and after.
+
+    python scripts/train_demo_heads.py texts                       # the target writes; about ten minutes on two cores
+    python scripts/train_demo_heads.py train medusa hydra eagle3 kangaroo
+    python scripts/train_demo_heads.py table --markdown docs/benchmarks/FILE.md
+    python scripts/train_demo_heads.py export medusa hydra eagle3 kangaroo --to specdec/demo
+
+Half of the text is the target's own, sampled at temperatures 0, 0.7 and 1 after beginnings from the standard library's
+source; the other half is that source itself. Modules that the target never saw (HELD_OUT in train_demo.py) give the
+prompts that validation decodes. Everything resumes after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from train_demo import Corpus
+from transformers import LlamaForCausalLM
+
+import specdec
+from specdec import demo
+from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.probe import target_of
+from specdec.train.checkpoint import Checkpoints, read_state
+from specdec.train.evaluate import Evaluator
+from specdec.train.loop import Score, StepReport
+from specdec.train.prepared import MemoryData
+from specdec.train.recipe import Recipe, recipe_for
+from specdec.train.run import make_training, train_head
+
+TEMPERATURES = (0.0, 0.7, 1.0, 1.0)
+BATCHES, ROWS, NEW_TOKENS, DOCUMENT = 48, 48, 160, 256
+PROMPTS, PROMPT_TOKENS = 16, 48
+
+SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "medusa": {"head": {"num_heads": 4, "options": {"budget": 15}}},
+    "hydra": {"head": {"num_heads": 4, "options": {"budget": 12}}},
+    "hydra++": {"head": {"num_heads": 4, "num_layers": 2, "options": {"budget": 12}}},
+    "clover": {"head": {"num_heads": 4, "options": {"budget": 12}}},
+    "mlp-speculator": {"head": {"num_heads": 3, "options": {"budget": 10}}},
+    "eagle": {"head": {"options": {"depth": 4, "budget": 12}}},
+    "eagle3": {"head": {"steps": 4, "own_lm_head": False, "options": {"depth": 4, "budget": 12}}},
+    "kangaroo": {"head": {"options": {"depth": 4}}},
+}
+"""What differs from a kind's defaults: sizes that suit a target of 7 M, and the trees that validation decodes with."""
+
+
+def demo_recipe(kind: str, steps: int) -> Recipe:
+    """A kind's recipe for the demo target: rows of 256 tokens, 2048 tokens in a step."""
+    loop = {"steps": steps, "rows_per_step": 8, "rows_at_once": 8, "save_every": 100, "evaluate_every": 200}
+    data = {"row_length": DOCUMENT, "validation_prompts": PROMPTS, "validation_tokens": 48}
+    return recipe_for(kind, None, loop=loop, data=data, **SECTIONS[kind])
+
+
+def write_texts(work: Path) -> None:
+    """Let the target continue beginnings from its training corpus; [ROWS, length] for each batch, kept as one file."""
+    file = work / "texts.pt"
+    texts: list[Tensor] = torch.load(file) if file.exists() else []
+    corpus, model = Corpus(work.parent / "demo", seed=0), demo_target()
+    with Progress() as progress:
+        bar = progress.add_task("the target writes", total=BATCHES, completed=len(texts))
+        for batch in range(len(texts), BATCHES):
+            generator = torch.Generator().manual_seed(batch)
+            length = int(torch.randint(24, 64, (1,), generator=generator))
+            starts = torch.randint(0, len(corpus.train) - length - 1, (ROWS,), generator=generator).tolist()
+            ids = torch.stack([corpus.train[start : start + length] for start in starts]).long()
+            temperature = TEMPERATURES[batch % len(TEMPERATURES)]
+            sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0} if temperature else {}
+            torch.manual_seed(batch)
+            texts.append(
+                model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+                    do_sample=temperature > 0, **sampling,
+                ).short()
+            )  # fmt: skip
+            torch.save(texts, file.with_suffix(".unfinished"))
+            file.with_suffix(".unfinished").replace(file)
+            progress.advance(bar)
+
+
+def documents(work: Path) -> MemoryData:
+    """The target's texts and as many tokens of the corpus; every token but a document's first is supervised."""
+    texts = [row.long() for batch in torch.load(work / "texts.pt") for row in batch]
+    corpus = Corpus(work.parent / "demo", seed=0)
+    count = sum(map(len, texts)) // DOCUMENT
+    generator = torch.Generator().manual_seed(1)
+    starts = torch.randint(0, len(corpus.train) - DOCUMENT, (count,), generator=generator).tolist()
+    texts += [corpus.train[start : start + DOCUMENT].long() for start in starts]
+    return MemoryData([(text, torch.arange(len(text)) > 0) for text in texts])
+
+
+def held_out_prompts(work: Path) -> list[list[int]]:
+    """Beginnings from modules that nothing here was trained on."""
+    corpus = Corpus(work.parent / "demo", seed=0)
+    generator = torch.Generator().manual_seed(2)
+    starts = torch.randint(0, len(corpus.held_out) - PROMPT_TOKENS, (PROMPTS,), generator=generator).tolist()
+    return [corpus.held_out[start : start + PROMPT_TOKENS].tolist() for start in starts]
+
+
+def demo_target() -> Any:
+    """The target that ships."""
+    return LlamaForCausalLM.from_pretrained(demo.target_path(), dtype=torch.float32).eval()
+
+
+def train(work: Path, kind: str, steps: int, console: Console) -> None:
+    """Train one kind and note what it was worth before and after."""
+    recipe, prompts = demo_recipe(kind, steps), held_out_prompts(work)
+    out, model = work / kind.replace("+", "p"), demo_target()
+    started, spent = time.monotonic(), _spent(out)
+    before = _measure_fresh(recipe, model, prompts, out)
+
+    def report(what: StepReport | Score) -> None:
+        if isinstance(what, Score):
+            console.print(f"{kind}: {what.details}")
+        elif what.step % 20 == 0:
+            alpha = " ".join(f"{a:.2f}" for a in what.alpha)
+            console.print(f"{kind} {what.step}: loss {what.loss:.3f}, alpha {alpha}, {what.seconds:.2f} s")
+
+    train_head(recipe, model, documents(work), out, prompts=prompts, report=report)
+    result = {
+        "before": before,
+        "after": Evaluator(model, prompts, max_new_tokens=48).measure(_trained(out, model, recipe)).details(),
+        "parameters": _parameters(recipe, model),
+        "steps": recipe.loop.steps,
+        "minutes": round((time.monotonic() - started + spent) / 60, 1),
+        "settings": recipe.resolved(),
+    }
+    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    console.print(f"{kind}: tau {before['tau']} -> {result['after']['tau']}")
+
+
+def _spent(out: Path) -> float:
+    """Seconds that an interrupted run has taken up to its newest checkpoint, by the files' times."""
+    latest, recipe = Checkpoints(out).latest(), out / "recipe.json"
+    return latest.stat().st_mtime - recipe.stat().st_mtime if latest and recipe.exists() else 0.0
+
+
+def _measure_fresh(recipe: Recipe, model: Any, prompts: list[list[int]], out: Path) -> dict[str, Any]:
+    """The untrained drafter's numbers, measured once."""
+    file = out / "before.json"
+    if not file.exists():
+        torch.manual_seed(recipe.loop.seed)
+        measured = Evaluator(model, prompts, max_new_tokens=48).measure(
+            make_training(recipe, target_of(model)).drafter()
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(measured.details()))
+    return json.loads(file.read_text())
+
+
+def _trained(out: Path, model: Any, recipe: Recipe) -> Any:
+    options = ",".join(f"{key}={value}" for key, value in recipe.head.get("options", {}).items())
+    return specdec.load_drafter(f"{best(out)}:{options}" if options else best(out), model)
+
+
+def best(out: Path) -> Path:
+    """The drafter directory of the checkpoint with the best tau."""
+    return out / "best" / "drafter"
+
+
+def _parameters(recipe: Recipe, model: Any) -> int:
+    return sum(parameter.numel() for parameter in make_training(recipe, target_of(model)).module.parameters())
+
+
+def table(work: Path, markdown: Path | None, console: Console) -> None:
+    """One line for each kind that has been trained, and the draft model beside them."""
+    model, prompts = demo_target(), held_out_prompts(work)
+    draft = LlamaForCausalLM.from_pretrained(demo.draft_path(), dtype=torch.float32).eval()
+    drafter = DraftModelDrafter(target_of(draft), depth=4, budget=12)
+    reference = Evaluator(model, prompts, max_new_tokens=48).measure(drafter).details()
+    header = [
+        "kind",
+        "parameters",
+        "steps",
+        "minutes",
+        "tau before",
+        "tau after",
+        "alpha by depth",
+        "expected speed-up",
+    ]
+    numel = sum(parameter.numel() for parameter in draft.parameters())
+    lines = [["draft model (ships)", f"{numel:,}", "", "", "", f"{reference['tau']:.2f}", _listed(reference["alpha"]),
+              f"{reference['expected_speedup']:.2f}"]]  # fmt: skip
+    for kind in SECTIONS:
+        file = work / kind.replace("+", "p") / "result.json"
+        if file.exists():
+            r = json.loads(file.read_text())
+            lines.append([kind, f"{r['parameters']:,}", str(r["steps"]), str(r["minutes"]), f"{r['before']['tau']:.2f}",
+                          f"{r['after']['tau']:.2f}", _listed(r["after"]["alpha"]),
+                          f"{r['after']['expected_speedup']:.2f}"])  # fmt: skip
+    shown = Table(*header)
+    for cells in lines:
+        shown.add_row(*cells)
+    console.print(shown)
+    if markdown is not None:
+        text = "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
+        with markdown.open("a") as opened:
+            opened.write(f"\n{text}\n\ntorch {torch.__version__}, transformers {transformers.__version__}, "
+                         f"{platform.machine()}, {torch.get_num_threads()} threads\n")  # fmt: skip
+
+
+def _listed(values: list[float]) -> str:
+    return " ".join(f"{value:.2f}" for value in values)
+
+
+def export(work: Path, kinds: list[str], to: Path) -> None:
+    """Copy the best checkpoint of each kind to `to`/KIND, with where it came from beside it."""
+    for kind in kinds:
+        out = work / kind.replace("+", "p")
+        source = best(out)
+        result = json.loads((out / "result.json").read_text())
+        state = read_state((out / "best").resolve())
+        destination = to / kind.replace("+", "p")
+        shutil.rmtree(destination, ignore_errors=True)
+        shutil.copytree(source, destination)
+        note = {"step": state["step"], **{key: result[key] for key in ("before", "after", "parameters", "settings")}}
+        (destination / "training.json").write_text(json.dumps(note, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("texts", "train", "table", "export"))
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(SECTIONS))
+    parser.add_argument("--work", type=Path, default=Path("build/heads"))
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--to", type=Path, default=Path("specdec/demo"))
+    args = parser.parse_args()
+    unknown = sorted(set(args.kinds) - set(SECTIONS))
+    if unknown:
+        parser.error(f"no kind {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    console = Console(width=160)
+    if args.command == "texts":
+        write_texts(args.work)
+    elif args.command == "train":
+        for kind in args.kinds or SECTIONS:
+            train(args.work, kind, args.steps, console)
+    elif args.command == "table":
+        table(args.work, args.markdown, console)
+    else:
+        export(args.work, args.kinds, args.to)
+
+
+if __name__ == "__main__":
+    main()
