@@ -142,7 +142,7 @@ def test_a_directory_with_half_a_model_is_refused(tmp_path: Path) -> None:
         ("{", "not readable JSON"),
         ("[]", "must be an object"),
         ("{}", "with 'kind'"),
-        ('{"kind": "lookup", "extra": 1}', "otherwise only"),
+        ('{"kind": "lookup", "colour": 1}', "otherwise only"),
         ('{"kind": "oracle"}', "known kinds are draft-model"),
         ('{"kind": 3}', "'kind' is a string"),
         ('{"kind": "lookup", "options": []}', "are objects"),

@@ -1,8 +1,9 @@
-"""`specdec info`: what a directory holds, whether it can be a target, and which target a drafter fits."""
+"""`specdec info`: what a directory holds, whether it can be a target, and which target a drafter or head fits."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +12,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
+from specdec import formats
 from specdec.cli.console import out
 from specdec.cli.model import DEMO_MODELS, load_model
 from specdec.cli.options import Json
-from specdec.drafters.directory import DrafterJson, read_drafter_json
+from specdec.drafters.directory import read_drafter_json
 from specdec.drafters.load import load_drafter
 from specdec.errors import SpecdecError, UnsupportedModel
+from specdec.formats.checkpoint import HeadCheckpoint
 from specdec.probe import probe
 from specdec.target import Target
 
@@ -25,7 +28,8 @@ def info(
     path: Annotated[
         str,
         typer.Argument(
-            help="A model or drafter directory, or [bold]demo[/bold] or [bold]demo-draft[/bold].", show_default=False
+            help="A model, a drafter or a draft head in any format; or [bold]demo[/bold] or [bold]demo-draft[/bold].",
+            show_default=False,
         ),
     ],
     target: Annotated[
@@ -34,7 +38,7 @@ def info(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a model or drafter is: its size, whether it verifies trees, and which target it fits.
+    """Say what a model, drafter or draft head is: its size, whether it verifies trees, and which target it fits.
 
     Example: specdec info demo-draft --target demo
     """
@@ -48,13 +52,19 @@ def info(
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Facts about a drafter directory, a model, or both where a draft model lies beside its drafter.json."""
+    """Facts about a drafter directory, a draft head, a model, or what lies together in one directory."""
     folder = Path(name).expanduser()
     facts: dict[str, Any] = {}
+    if name not in DEMO_MODELS and folder.exists() and formats.detect(folder) is not None:
+        checkpoint = formats.read(folder)
+        facts["head"] = describe_head(checkpoint)
+        if checkpoint.base is None:
+            return facts | {"fits": _fits_target(checkpoint.target)}
+        facts["fits"] = "the model in this directory, and no other"
     if name not in DEMO_MODELS and (folder / "drafter.json").is_file():
         drafter = read_drafter_json(folder)
         facts["drafter"] = {"kind": drafter.kind, "options": drafter.options, "target": drafter.target}
-        facts["fits"] = _fits_fingerprint(drafter)
+        facts["fits"] = _fits_target(drafter.target)
         if not (folder / "config.json").is_file():
             return facts
     model = load_model(name, device="cpu")
@@ -63,6 +73,19 @@ def describe(name: str) -> dict[str, Any]:
     vocabulary = facts["model"]["vocabulary"]
     facts.setdefault("fits", f"as a draft model, targets with the same tokenizer ({vocabulary} tokens)")
     return facts
+
+
+def describe_head(checkpoint: HeadCheckpoint) -> dict[str, Any]:
+    """What a draft head is, from its files alone."""
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in checkpoint.tensors.values()})
+    return {
+        "kind": checkpoint.kind,
+        "format": checkpoint.format,
+        "parameters": checkpoint.num_parameters,
+        "dtypes": dtypes,
+        "config": asdict(checkpoint.config),
+        "target": checkpoint.target,
+    }
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
@@ -92,10 +115,12 @@ def _form(model: PreTrainedModel) -> dict[str, str]:
     return {"form": "refused" if found.form == "refuse" else found.form, "reason": found.reason}
 
 
-def _fits_fingerprint(drafter: DrafterJson) -> str:
-    if not drafter.target:
+def _fits_target(target: dict[str, Any]) -> str:
+    if not target:
         return "any target"
-    return "targets with " + ", ".join(f"{key} {value}" for key, value in drafter.target.items())
+    compared = ", ".join(f"{key} {value}" for key, value in target.items() if key != "name")
+    made_for = f"made for {target['name']}; " if target.get("name") else ""
+    return f"{made_for}targets with {compared}" if compared else made_for.rstrip("; ")
 
 
 def _fit(path: str, target: str) -> dict[str, Any]:
@@ -113,7 +138,7 @@ def _table(facts: dict[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
-    for label, value in [("path", facts["path"]), *_drafter_rows(facts), *_model_rows(facts)]:
+    for label, value in [("path", facts["path"]), *_drafter_rows(facts), *_head_rows(facts), *_model_rows(facts)]:
         table.add_row(label, Text(value))
     table.add_row("fits", Text(facts["fits"]))
     if "fits_target" in facts:
@@ -127,6 +152,36 @@ def _drafter_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     options = ", ".join(f"{key}={value}" for key, value in facts["drafter"]["options"].items())
     return [("drafter", facts["drafter"]["kind"]), ("options", options or "defaults")]
+
+
+def _head_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    if "head" not in facts:
+        return []
+    head = facts["head"]
+    return [
+        ("head", head["kind"]),
+        ("format", head["format"]),
+        ("parameters", f"{head['parameters']:,}"),
+        ("dtype", ", ".join(head["dtypes"])),
+        *_config_rows(head["config"]),
+    ]
+
+
+def _config_rows(config: dict[str, Any], above: str = "") -> list[tuple[str, str]]:
+    """One row for each field, those of a nested configuration under its name."""
+    rows: list[tuple[str, str]] = []
+    for key, value in config.items():
+        label = f"{above}{key.replace('_', ' ')}"
+        rows += _config_rows(value, f"{label}: ") if isinstance(value, dict) and value else [(label, _shown(value))]
+    return rows
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) if len(value) <= 16 else f"{len(value)} values"
+    return "-" if value is None or value == {} else str(value)
 
 
 def _model_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

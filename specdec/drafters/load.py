@@ -182,7 +182,7 @@ def _from_path(path: Path, options: dict[str, str], model: PreTrainedModel) -> D
     elif formats.detect(path) is not None:
         return _head_drafter(path, options, model)
     elif not (path / "config.json").is_file():
-        raise UnknownDrafter(f"{path} holds neither drafter.json, nor a draft head, nor a model's config.json")
+        raise UnknownDrafter(f"{path} holds neither drafter.json nor a model's config.json, and no draft head")
     values = typed_options("draft-model", DraftModelDrafter, options)
     return _draft_model(draft_for(path, model), model, values)
 
