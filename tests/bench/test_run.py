@@ -127,7 +127,7 @@ def test_drafters_start_anew_for_each_question_unless_carried_over(tmp_path: Pat
         drafters = {"suffix": "suffix:remember=500"}
         settings = {"carry_over": carry_over, "repeats": 2}
         done = run(tmp_path / str(carry_over), drafters, settings=settings, questions=question_set(same))
-        records = [r for r in done.records if r["method"] == "suffix"]
+        records: list[Any] = [r for r in done.records if r["method"] == "suffix"]
         accepted[carry_over] = [sum(r["steps"]["accepted"]) for r in records]
         methods = json.loads((tmp_path / str(carry_over) / MANIFEST_FILE).read_text())["methods"]
         assert {m["name"]: m["resets"] for m in methods} == {"plain": True, "none": True, "suffix": not carry_over}

@@ -1,0 +1,280 @@
+"""`specdec bench`: drafters and baselines on the same questions, with statistics that can be trusted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.core import TyperGroup
+
+from specdec import optimize as optimized
+from specdec.bench import BenchRun, QuestionSet, Settings, load_questions, run_bench
+from specdec.bench.methods import PLAIN
+from specdec.bench.report import write_report
+from specdec.bench.runner import Progress as Tell
+from specdec.bench.summary import Summary, summarize, write_summary
+from specdec.cli.console import FAILURE, INTERRUPTED, note, out
+from specdec.cli.model import DEMO_MODELS, load_model, load_tokenizer
+from specdec.cli.options import DRAFTER_HELP, Device, Dtype, DtypeOption, Json, MaxNewTokens, Threads, within
+
+DEMO_QUESTIONS, QUESTIONS = "demo-code", "six"
+
+
+class _BenchGroup(TyperGroup):
+    """What follows `bench` belongs to its command run, unless it names a command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args[:1] in (["run"], ["report"]) else ["run", *args])
+
+
+app = typer.Typer(cls=_BenchGroup, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
+
+
+class HistoryOf(StrEnum):
+    """Whose answers the prompt of a later turn holds."""
+
+    own = "own"
+    reference = "reference"
+
+
+@app.command("run", epilog="Render and compare runs without running anything: specdec bench report DIR... --out DIR")
+def bench(
+    target: Annotated[
+        str, typer.Argument(help="The model: a directory, a hub id, or the word [bold]demo[/bold].", show_default=False)
+    ],
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option("--drafter", "-d", help=DRAFTER_HELP + " May be given several times.", show_default=False),
+    ] = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(
+            "--questions",
+            "-q",
+            help="A question set by name (six, demo-code, spec-bench, mt-bench, humaneval, gsm8k) or a file; "
+            "by default demo-code for the target demo, six for others.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(callback=within(1), help="At most so many questions of each column.")
+    ] = None,
+    category: Annotated[
+        list[str] | None, typer.Option("--category", help="Only this category or column. May be given several times.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(callback=within(1), help="Passes over all questions.")] = 1,
+    max_new_tokens: MaxNewTokens = 128,
+    out_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Directory of the run; one with an unfinished run of the same settings is gone on with. "
+            "By default a new one in specdec-bench/.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(callback=within(1), help="Questions generated together.")] = 1,
+    temperature: Annotated[
+        float, typer.Option(callback=within(0), help="0 takes the most probable token; above 0 draws.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the order of methods and of the draws.")] = 0,
+    fixed_length: Annotated[
+        bool, typer.Option("--fixed-length", help="Go on past the end of text: every answer has --max-new-tokens.")
+    ] = False,
+    history: Annotated[
+        HistoryOf, typer.Option(help="Whose answers a second turn's prompt holds: the method's own, or plain's.")
+    ] = HistoryOf.own,
+    carry_over: Annotated[
+        bool, typer.Option("--carry-over", help="Drafters keep what they remember from question to question.")
+    ] = False,
+    assisted: Annotated[
+        str | None,
+        typer.Option(
+            help="Also measure transformers' assisted generation with this draft model (demo-draft or a path)."
+        ),
+    ] = None,
+    prompt_lookup: Annotated[
+        int | None,
+        typer.Option(callback=within(1), help="Also measure transformers' prompt lookup with so many tokens."),
+    ] = None,
+    template: Annotated[
+        str, typer.Option(help="Chat template: auto (the tokenizer's), raw for none, a file, or Jinja.")
+    ] = "auto",
+    system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
+    use_optimized: Annotated[
+        bool, typer.Option("--optimize/--no-optimize", help="Call specdec.optimize(model), for all methods alike.")
+    ] = True,
+    phases: Annotated[
+        bool, typer.Option("--phases/--no-phases", help="Time drafting, verification and acceptance of each step.")
+    ] = True,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Run drafters and baselines on the same questions in turns, and write records, statistics and a report.
+
+    transformers' plain generate() is the baseline; specdec's own loop without a drafter is measured, too.
+    Exit status 1 when a lossless method gave a wrong answer, or a method failed. After Ctrl-C or a crash the same
+    command goes on where it stopped.
+
+    Example: specdec bench demo --drafter lookup --drafter demo-draft --limit 6
+    """
+    settings = Settings(
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        batch_size=batch_size,
+        temperature=temperature,
+        seed=seed,
+        fixed_length=fixed_length,
+        history=history.value,
+        carry_over=carry_over,
+        phases=phases,
+    )
+    chosen = _questions(questions or (DEMO_QUESTIONS if target in DEMO_MODELS else QUESTIONS), limit, category)
+    if threads or target in DEMO_MODELS:
+        torch.set_num_threads(threads or 1)  # threads of so small a model wait for each other most of the time
+    if target in DEMO_MODELS and dtype is Dtype.auto:
+        dtype = Dtype.float32  # stored in bfloat16 to be small, exact and faster on a CPU in float32
+    model, tokenizer = load_model(target, dtype, device), load_tokenizer(target)
+    if use_optimized:
+        optimized(model)
+    with _progress() as tell, _interruptible():
+        run = run_bench(
+            model,
+            tokenizer,
+            chosen,
+            list(dict.fromkeys(drafter or [])),
+            out=out_folder,
+            settings=settings,
+            assistant=assisted,
+            lookup_tokens=prompt_lookup,
+            template=template,
+            system=system,
+            target_name=target,
+            progress=tell,
+        )
+    summary = summarize(run.path)
+    write_summary(summary, run.path)
+    write_report([run.path], run.path)
+    _print(run, summary, as_json)
+    if _failed(run):
+        raise typer.Exit(FAILURE)
+
+
+@app.command("report")
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs.", show_default=False)],
+    out_folder: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Where to write; by default into the only run.", show_default=False),
+    ] = None,
+) -> None:
+    """Render the report of a run, or compare several, without running anything.
+
+    Example: specdec bench report runs/monday runs/tuesday --out runs/both
+    """
+    if out_folder is None and len(runs) > 1:
+        raise typer.BadParameter("comparing several runs needs a directory for the result", param_hint="--out")
+    folder = out_folder or runs[0]
+    for run in runs:
+        write_summary(summarize(run), run)
+    write_report(runs, folder)
+    note(f"report: {folder / 'report.html'}")
+
+
+def _questions(name: str, limit: int | None, categories: list[str] | None) -> QuestionSet:
+    questions = load_questions(name)
+    return questions.limited(limit, categories) if limit is not None or categories else questions
+
+
+@contextmanager
+def _progress() -> Iterator[Tell]:
+    """A bar on stderr with the time left. It is drawn between generations only, never while one is timed."""
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+    )
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), auto_refresh=False, transient=True)
+    with bar:
+        task = bar.add_task("", total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+            bar.refresh()
+
+        yield tell
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("", err=True)
+        note("interrupted; every finished generation is kept, and the same command goes on from there")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _print(run: BenchRun, summary: Summary, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"path": str(run.path), **summary}))
+    else:
+        out.print(_table(summary))
+        out.print(f"report: {run.path / 'report.html'}", soft_wrap=True)
+    if run.found:
+        note(f"{run.found} of {len(run.records)} records were there already")
+    for verdict in run.wrong[:1]:
+        place = f"question {verdict['question_id']}, turn {verdict['turn'] + 1}, new token {verdict['position']}"
+        note(f"{len(run.wrong)} wrong answers; the first: {verdict['method']}, {place}: {verdict['reason']}")
+    for record in run.errors[:1]:
+        place = f"question {record['question_id']}, turn {record['turn'] + 1}"
+        note(f"{len(run.errors)} generations failed; the first: {record['method']}, {place}: {record['error']}")
+
+
+def _failed(run: BenchRun) -> bool:
+    return bool(run.wrong or run.errors)
+
+
+def _table(summary: Summary) -> Table:
+    """One line for each method: speed-up with its interval, tau, tokens per second, and how many answers are exact."""
+    table = Table.grid(padding=(0, 2))
+    for justify in ("left", "right", "left", "right", "right", "left"):
+        table.add_column(justify=justify, overflow="fold")
+    table.add_row("method", "speed-up", "95 %", "tau", "tokens/s", "exact", style="dim")
+    for name, method in summary["methods"].items():
+        numbers = method["overall"]
+        mean = numbers["speedup"].get("geometric_mean")
+        speedup = "1.00x" if name == PLAIN else "" if mean is None else f"{mean['value']:.2f}x"
+        interval = "" if mean is None else f"{mean['low']:.2f} to {mean['high']:.2f}"
+        tau = numbers["acceptance"].get("tau")
+        speed = numbers["throughput"]["tokens_per_second"]
+        mark = escape(f"{name} (lossy: {method['lossy']})" if method["lossy"] else name)
+        cells = mark, speedup, interval, "" if tau is None else f"{tau['value']:.2f}", f"{speed or 0:.0f}"
+        table.add_row(*cells, _exact(name, numbers["exactness"]["questions"]))
+    return table
+
+
+def _exact(name: str, counts: dict[str, int]) -> str:
+    if name == PLAIN:
+        return "the reference"
+    compared = sum(counts[verdict] for verdict in ("exact", "near-tie", "wrong"))
+    if not compared:
+        return "not compared"
+    text = f"{counts['exact']} of {compared}"
+    text += f", {counts['near-tie']} near ties" if counts["near-tie"] else ""
+    return text + (f", [bold red]{counts['wrong']} WRONG[/bold red]" if counts["wrong"] else "")
