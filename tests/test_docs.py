@@ -12,13 +12,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import specdec
+from specdec import formats
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.load import HEAD_DRAFTERS, NOT_OPTIONS, WORDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "README.md"])
 DRAFTERS = {word: make for word, make in WORDS.items() if word != "demo-draft"} | {"path/to/model": DraftModelDrafter}
-DRAFTERS |= {kind: HEAD_DRAFTERS[kind] for kind in ("hydra", "clover", "mlp-speculator")}
+DRAFTERS |= {kind: HEAD_DRAFTERS[kind] for kind in ("medusa", "hydra", "clover", "mlp-speculator")}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,11 @@ def test_choosing_a_drafter_names_every_option_with_its_default(name: str):
     parameters = inspect.signature(DRAFTERS[name]).parameters
     actual = {key: str(value.default).lower() for key, value in parameters.items() if key not in NOT_OPTIONS}
     assert written == actual
+
+
+def test_formats_names_every_format():
+    page = (ROOT / "docs" / "formats.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == {known.NAME for known in formats.FORMATS}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
