@@ -1,4 +1,4 @@
-"""The command line: `specdec demo | generate | info`.
+"""The command line: `specdec demo | generate | bench | info | convert`.
 
 Every command parses, calls the library and prints. Results go to stdout, notes and errors to stderr. Exit status: 0,
 1 for a failure, 2 for wrong usage (what can be seen from the command line alone), 130 after Ctrl-C.
@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
+from specdec.cli.bench import app as bench
 from specdec.cli.console import Commands
+from specdec.cli.convert import convert
 from specdec.cli.demo import demo
 from specdec.cli.generate import generate
 from specdec.cli.info import info
@@ -27,7 +29,9 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(generate)
+app.add_typer(bench, name="bench", help="Compare drafters and baselines on the same questions, and report.")
 app.command()(info)
+app.command()(convert)
 
 
 def _print_version(wanted: bool) -> None:
