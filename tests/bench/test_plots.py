@@ -120,6 +120,14 @@ def test_bars_are_as_long_as_their_values_and_whiskers_end_at_the_interval():
     assert [(end - left) / bars[1] for end in ends] == pytest.approx([1.5, 2.5], abs=0.01)
 
 
+def test_a_whisker_that_dwarfs_the_values_is_cut_at_the_frame():
+    svg = elements(speedup_plot({"only": {"a": estimate(2.0, 0.1, 400.0)}}, ["a"]))
+    (bar,) = [float(e.attrib["width"]) for e in svg if e.tag == f"{SVG}rect" and e.find(f"{SVG}title") is not None]
+    assert bar > 0.5 * (WIDTH - 230)
+    caps = [e for e in svg if e.attrib.get("class") == "whisker" and e.attrib["x1"] == e.attrib["x2"]]
+    assert len(caps) == 1
+
+
 def test_a_method_keeps_its_colour_where_others_are_missing():
     everyone = ["plain", "a", "b"]
     alone = acceptance_plot({"b": rates(2)}, everyone)

@@ -155,7 +155,7 @@ def test_wrong_answers_of_a_lossless_method_are_shouted_and_those_of_a_lossy_one
 
 def test_one_question_has_values_and_no_interval(tmp_path: Path):
     _, page = reported(write_run(tmp_path, random_run(0, {"plain": (0, 0), "lookup": (0.9, 3)}, questions=1)))
-    assert "one prompt only, no interval" in page.words
+    assert "too few prompts for an interval" in page.words
     assert "Only 1 question: there are no intervals." in page.words
 
 

@@ -68,8 +68,12 @@ def test_a_stratum_of_one_unit_would_count_as_known_so_strata_are_given_up():
     assert unit_sums(np.ones((4, 1)), [1, 2, 3, 4], ["x", "x", "y", "y"])[1] == [2, 2]
 
 
-def test_one_unit_has_a_value_and_no_interval():
-    assert estimate(np.array([[3.0, 2.0]]), quotient, ["only"]) == Estimate(1.5, None, None, 1)
+def test_fewer_than_four_units_have_a_value_and_no_interval():
+    rows = np.array([[3.0, 2.0], [3.0, 2.0], [3.0, 2.5], [3.0, 1.5]])
+    assert estimate(rows[:1], quotient, [1]) == Estimate(1.5, None, None, 1)
+    assert estimate(rows[:3], quotient, [1, 2, 3]).low is None
+    assert estimate(rows, quotient, [1, 2, 3, 4]).low is not None
+    assert estimate(rows, quotient, [1, 2, 3, 3]).low is None
 
 
 @pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.706), (2, 4.303), (9, 2.262), (29, 2.045), (474, 1.965)])

@@ -53,13 +53,17 @@ def _bar(canvas: Canvas, scale: Scale, y: float, height: float, name: str, at: M
     middle = y + height / 2
     says = f"{name}: {value:.3f}x" + ("" if low is None else f" ({low:.3f} to {high:.3f})")
     canvas.bar(scale(0), y, scale(value) - scale(0), height, colour, says)
+    reach = min(max(value, high or 0), scale.end)
     if low is not None:
-        canvas.line(scale(low), middle, scale(high), middle, "whisker")
+        canvas.line(scale(low), middle, scale(reach), middle, "whisker")
         for end in (low, high):
-            canvas.line(scale(end), middle - 3, scale(end), middle + 3, "whisker")
-    canvas.text(scale(max(value, high or 0)) + 5, middle + 3.8, f"{value:.2f}x", kind="small")
+            if end <= scale.end:  # a whisker without an end goes on beyond the frame
+                canvas.line(scale(end), middle - 3, scale(end), middle + 3, "whisker")
+    canvas.text(scale(reach) + 5, middle + 3.8, f"{value:.2f}x", kind="small")
 
 
 def _largest(groups: Groups) -> float:
-    reach = [max(at["value"], at["high"] or 0) for block in groups.values() for at in block.values()]
-    return max(1.05, *reach)
+    """The longest whisker, unless it dwarfs the values."""
+    estimates = [at for block in groups.values() for at in block.values()]
+    value = max(1.0, *(at["value"] for at in estimates))
+    return min(1.6 * value, max(1.05, value, *(at["high"] or 0 for at in estimates)))

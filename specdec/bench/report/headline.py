@@ -17,6 +17,7 @@ from specdec.bench.report.words import (
     percent,
     ratio_cell,
 )
+from specdec.bench.statistics.bootstrap import FEWEST
 
 FEW_PROMPTS = 10
 """Below this an interval over prompts says little."""
@@ -82,7 +83,7 @@ def cautions(summary: Summary) -> list[Block]:
     if baseline is None or not baseline["overall"]["requests"]:
         found.append(Callout("Without answers of the baseline there are no speed-ups.", "bad"))
     if summary["questions"] < FEW_PROMPTS:
-        advice = "there are no intervals" if summary["questions"] == 1 else "read the intervals with caution"
+        advice = "there are no intervals" if summary["questions"] < FEWEST else "read the intervals with caution"
         found.append(Callout(f"Only {count(summary['questions'], 'question')}: {advice}.", "warn"))
     if summary["manifest"].get("finished", True) is None:
         found.append(Callout("The run is not finished: these are the records so far.", "warn"))
@@ -148,7 +149,7 @@ def _verdict(summary: Summary, name: str) -> list[Block]:
 
 def _width(estimate: dict[str, Any]) -> str:
     if estimate["low"] is None:
-        return "one prompt only, no interval"
+        return "too few prompts for an interval"
     return f"95 % interval {estimate['low']:.2f} to {estimate['high']:.2f}"
 
 

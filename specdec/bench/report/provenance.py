@@ -23,6 +23,8 @@ CONVENTIONS = (
     ("mean accepted", "gpt-fast", "no", "steps"),
 )
 SECTIONS = ("target", "questions", "prompts", "settings", "hardware", "versions")
+LEFT_OUT = ("target.fingerprint.", "target.generation_config.")
+"""Details that manifest.json has."""
 STARTS = ("started", "git_commit", "load_average")
 LONG = 120
 
@@ -45,6 +47,7 @@ def reproduce_section(summary: Summary) -> list[Block]:
     if manifest.get("command"):
         blocks.append(Code(command_line(manifest["command"])))
     fields = [field for section in SECTIONS for field in flat(manifest.get(section), section)]
+    fields = [(name, value) for name, value in fields if not name.startswith(LEFT_OUT)]
     for start in (manifest.get("starts") or [])[-1:]:
         fields += [(f"start.{key}", _shown(start[key])) for key in STARTS if key in start]
     blocks.append(Table(["what", "value"], fields, names=2))

@@ -16,10 +16,13 @@ from specdec.bench.statistics.student import t_quantile
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 SEED = 0
+FEWEST = 4
+"""Units below which there is no interval: Student's t of one or two degrees of freedom says nothing of use."""
 METHOD = (
     f"95 % by bootstrap over prompts, {RESAMPLES:,} resamples, seed {SEED}: prompts are drawn with replacement within "
     "each column, their repeats and turns with them, and prompts that were timed in one batch together; the interval "
-    "is Student's t times the standard deviation of the resampled logarithm, corrected for the number of prompts."
+    "is Student's t times the standard deviation of the resampled logarithm, corrected for the number of prompts. "
+    f"Fewer than {FEWEST} prompts or batches have no interval."
 )
 
 Floats = NDArray[np.float64]
@@ -29,7 +32,7 @@ Statistic = Callable[[Floats], Floats]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its interval; `low` and `high` are None where one unit leaves nothing to resample."""
+    """A value with its interval; `low` and `high` are None with fewer units than FEWEST."""
 
     value: float
     low: float | None
@@ -63,7 +66,7 @@ def estimate(
     """
     sums, sizes = unit_sums(columns, units, strata)
     value = float(statistic(sums.sum(axis=0)))
-    if len(sums) < 2 or not 0 < value < math.inf:
+    if len(sums) < FEWEST or not 0 < value < math.inf:
         return Estimate(value, None, None, len(sums))
     logs = np.log(statistic(draws(tuple(sizes), resamples, seed) @ sums))
     reach = math.exp(widening(len(sums), len(sizes)) * float(logs[np.isfinite(logs)].std()))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from specdec.bench.statistics.bootstrap import CONFIDENCE
+from specdec.bench.statistics.bootstrap import CONFIDENCE, FEWEST
 from specdec.bench.statistics.sample import Sample, units_of
 from specdec.bench.statistics.speedup import geometric_mean, pair_up
 
@@ -29,7 +29,7 @@ def against_itself(samples: Sequence[Sample]) -> dict[str, Any]:
     for first, second in zip(repeats[::2], repeats[1::2], strict=False):
         halves = ([s for s in samples if s.record["repeat"] == repeat] for repeat in (first, second))
         pairs = pair_up(*halves)
-        if len({units[pair.question] for pair in pairs}) > 1:
+        if len({units[pair.question] for pair in pairs}) >= FEWEST:
             estimates.append(geometric_mean(pairs, units))
     containing = sum((e.low or 0.0) <= 1 <= (e.high or 0.0) for e in estimates)
     return {
