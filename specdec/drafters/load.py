@@ -144,6 +144,8 @@ def check_fits(drafter: Drafter, model: PreTrainedModel) -> None:
     vocabulary = vocab_size(model)
     if isinstance(drafter, EarlyExitDrafter) and drafter.target.model is not model:
         raise DrafterMismatch("this early-exit drafter runs the layers of another model; load one for this target")
+    if isinstance(drafter, SequentialDrafter) and drafter.target.model is not model:
+        raise DrafterMismatch("this head reads the states of another model; load one for this target")
     if isinstance(drafter, RecyclingDrafter | DraftModelDrafter) and drafter.vocab_size != vocabulary:
         raise DrafterMismatch(
             f"this {type(drafter).__name__} has a vocabulary of {drafter.vocab_size} tokens, the target one of "

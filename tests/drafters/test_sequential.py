@@ -59,6 +59,7 @@ TREES: dict[str, dict[str, Any]] = {
 UNEVEN = shape_of([(0,), (1,), (0, 0), (1, 0), (1, 1), (1, 1, 0)])
 CASES = [(family, kind) for family in FAMILY_NAMES for kind in MAKE
          if family == "llama" or kind not in ("clover-shared", "mlp-tied")]  # fmt: skip
+CASES += [(family, "hydra-plus-plus") for family in FAMILIES if family not in FAMILY_NAMES]
 WITH_TEXT = ("hydra-plus-plus", "clover")
 
 
@@ -347,6 +348,8 @@ def test_trees_are_not_deeper_than_the_head() -> None:
 
 def test_a_head_for_another_target_is_refused() -> None:
     target = target_of(told("llama", 1)[0])
+    with pytest.raises(DrafterMismatch, match="reads the states of another model"):
+        specdec.load_drafter(SequentialDrafter(target, made("mlp", target)), told("qwen3", 1)[0])
     with pytest.raises(DrafterMismatch, match="hidden size 48, the target has 32"):
         SequentialDrafter(target, HydraHead(HydraConfig(48, target.vocab_size)))
     with pytest.raises(DrafterMismatch, match="vocabulary 77, the target has 128"):
