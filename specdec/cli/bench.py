@@ -200,8 +200,12 @@ def _questions(name: str, limit: int | None, categories: list[str] | None) -> Qu
 
 
 @contextmanager
-def _progress() -> Iterator[Tell]:
-    """A bar on stderr with the time left. It is drawn between generations only, never while one is timed."""
+def _progress() -> Iterator[Tell | None]:
+    """A bar on stderr with the time left, on a terminal. It is drawn between generations, never while one is timed."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -209,15 +213,18 @@ def _progress() -> Iterator[Tell]:
         TimeElapsedColumn(),
         TextColumn("left"),
     )
-    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), auto_refresh=False, transient=True)
-    with bar:
-        task = bar.add_task("", total=None)
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, auto_refresh=False, transient=True)
+    task = bar.add_task("", total=None)
 
-        def tell(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-            bar.refresh()
+    def tell(what: str, done: int, total: int) -> None:
+        bar.start()  # once; a run that is refused shows no bar
+        bar.update(task, description=escape(what), completed=done, total=total)
+        bar.refresh()
 
+    try:
         yield tell
+    finally:
+        bar.stop()
 
 
 @contextmanager
@@ -260,7 +267,7 @@ def _table(summary: Summary) -> Table:
         numbers = method["overall"]
         mean = numbers["speedup"].get("geometric_mean")
         speedup = "1.00x" if name == PLAIN else "" if mean is None else f"{mean['value']:.2f}x"
-        interval = "" if mean is None else f"{mean['low']:.2f} to {mean['high']:.2f}"
+        interval = "" if mean is None or mean["low"] is None else f"{mean['low']:.2f} to {mean['high']:.2f}"
         tau = numbers["acceptance"].get("tau")
         speed = numbers["throughput"]["tokens_per_second"]
         mark = escape(f"{name} (lossy: {method['lossy']})" if method["lossy"] else name)
