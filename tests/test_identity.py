@@ -14,6 +14,7 @@ from specdec.context import Context
 from specdec.demo import draft_path, prompts, target_path
 from specdec.drafter import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.grow.named import POLICIES
 from specdec.probe import probed
 from specdec.target import Target
 from tests.families import (
@@ -98,6 +99,26 @@ def test_every_drafter_gives_the_text_of_plain_generate(family: str, attention: 
                 accepted[name] += output.stats.accepted
     for name in GUESSES:
         assert 0 < accepted[name] < drafted[name], f"{name} neither accepted nor rejected anything: no test"
+
+
+GROWN = {
+    word: (
+        {"depth": 3, "budget": 6, "width": 3, "grow": word},
+        f"early-exit:layer=1,depth=3,budget=5,width=3,grow={word}",
+    )
+    for word in set(POLICIES) - {"fixed", "sequoia"}
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3-sliding", "llama4-chunked"])
+def test_trees_that_differ_from_row_to_row_give_the_text_of_plain_generate(family: str) -> None:
+    """Full attention, a window and chunks; columns that were run and dropped, in both kinds of drafter."""
+    model, told = _model(family, "eager"), _reference(family, "eager", "batch-3")
+    for grow, (draft, early) in GROWN.items():
+        for drafter in (DraftModelDrafter(_draft_target(family, "eager"), **draft), early):
+            output = _speculative(model, told, drafter)
+            assert output.sequences.tolist() == told.sequences.tolist(), f"{grow}: {drafter}"
+            assert 0 < output.stats.accepted < output.stats.drafted
 
 
 def test_a_commit_that_keeps_the_wrong_columns_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

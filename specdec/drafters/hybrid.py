@@ -1,9 +1,9 @@
 """Two drafters for one text: the first where it has something to propose, the second everywhere else, row by row.
 
 SAM-Decoding (arXiv 2411.10666) and SuffixDecoding (2411.04975) pair a suffix match with a model in this way: a long
-match is nearly free and often right, and without one the model drafts. Which matches are long enough is the first drafter's own
-business (`suffix:min_match=5`). When all rows have a match the second drafter does not run at all; what it misses it
-digests later.
+match is nearly free and often right, and without one the model drafts. Which matches are long enough is the first
+drafter's own business (`suffix:min_match=5`). When all rows have a match the second drafter does not run at all; what
+it misses it digests later.
 
 Rows may differ in kind. If the second drafter draws its children, those of the first get a law in which they are
 certain: its k-th child is the only possible k-th draw. Rules for drawn children then accept it as the walk would.

@@ -223,7 +223,7 @@ class CalibratedGrowth:
         content = _read(path)
         for kind, table in self.tables.items():
             for name in ("trials", "accepted"):
-                values = torch.tensor(content[kind][name], dtype=torch.float64)
+                values = content[kind][name]
                 if values.shape != table.trials.shape or not bool((values >= 0).all()):
                     raise UnknownDrafter(f"{path}: {kind}.{name} is not a table of {tuple(table.trials.shape)} counts")
                 setattr(table, name, values)
@@ -232,12 +232,17 @@ class CalibratedGrowth:
             table.refresh()
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _counts(rows: Any) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _read(path: Path) -> dict[str, dict[str, Tensor]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT or list(content["edges"]) != list(EDGES):
             raise ValueError("another format")
-        return {kind: {name: content[kind][name] for name in ("trials", "accepted")} for kind in ("chosen", "drawn")}
+        names = ("trials", "accepted")
+        return {kind: {name: _counts(content[kind][name]) for name in names} for kind in ("chosen", "drawn")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnknownDrafter(f"{path} does not hold acceptance tables ({FORMAT}): {error}") from error
 

@@ -7,8 +7,8 @@ at most l levels deep, and G(m) = max_b F(m, b) the same with any number of chil
     F_l(1, 0) = 1
     F_l(m, b) = max_y F_l(m - y, b - 1) + acceptance[b] * G_{l-1}(y)
 
-For a non-increasing vector `best_shape` finds the same value faster; this also serves vectors that are not, as
-measured ones are, without flattening them first.
+For a non-increasing vector the greedy construction finds the same value faster; this also serves vectors that are
+not, as measured ones are, without flattening them first.
 
 Dimensions: M nodes with the root.
 """
@@ -21,7 +21,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from specdec.grow.shape import Shape, best_shape, check_limits, shape_of
+from specdec.errors import UnknownDrafter
+from specdec.grow.shape import Shape, check_limits, greedy_shape, shape_of
 
 
 @lru_cache(maxsize=64)
@@ -32,9 +33,11 @@ def sequoia_shape(budget: int, depth: int, acceptance: tuple[float, ...], width:
         UnknownDrafter: a limit out of range, or a vector that is no list of probabilities.
     """
     check_limits(budget, depth)
+    if not acceptance or not all(0 <= rate <= 1 for rate in acceptance):
+        raise UnknownDrafter("an acceptance vector holds numbers from 0 to 1, at least one")
     ranks = acceptance if width is None else acceptance[:width]
     if all(a >= b for a, b in pairwise(ranks)):
-        return best_shape(budget, depth, ranks)
+        return greedy_shape(budget, (ranks,) * min(depth, budget))
     return _backtracked(budget, min(depth, budget), ranks)
 
 

@@ -97,10 +97,14 @@ def chain(depth: int) -> Shape:
 def best_shape(budget: int, depth: int, acceptance: tuple[float, ...] = DEFAULT_ACCEPTANCE) -> Shape:
     """The `budget` proposed nodes of largest value, at most `depth` levels deep; `acceptance` is by rank.
 
+    A budget within the depth asks for a chain, and gets one.
+
     Raises:
         UnknownDrafter: budget or depth out of range, or rates that are no probabilities.
     """
     check_limits(budget, depth)
+    if budget <= depth:
+        return chain(budget)
     ranks = tuple(max(acceptance[j:]) for j in range(len(acceptance)))  # a histogram's tail may wiggle
     return greedy_shape(budget, (ranks,) * depth)
 
@@ -119,8 +123,6 @@ def greedy_shape(budget: int, accuracy: tuple[tuple[float, ...], ...]) -> Shape:
     check_limits(budget, len(accuracy))
     if not all(row and all(0 <= rate <= 1 for rate in row) for row in accuracy):
         raise UnknownDrafter("acceptance rates are numbers from 0 to 1, at least one for each depth")
-    if budget <= len(accuracy):
-        return chain(budget)
     open_slots: list[tuple[float, tuple[int, ...], float]] = [(-accuracy[0][0], (0,), 1.0)]
     taken: list[tuple[int, ...]] = []
     while open_slots and len(taken) < budget:

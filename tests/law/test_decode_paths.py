@@ -17,6 +17,7 @@ from specdec.decode import decode
 from specdec.drafter import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
+from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.lookup import LookupDrafter
 from specdec.emitter import Emitter, apply
 from specdec.grow.shape import shape_of
@@ -109,14 +110,32 @@ DRAFTERS = {
     "the target drafts for itself": (lambda: DraftModelDrafter(TARGET, children="drawn", shape=TREE), "auto"),
     "early exit, top-k chain": (lambda: EarlyExitDrafter(TARGET, layer=1, depth=2), "auto"),
     "lookup": (LookupDrafter, "auto"),
+    "dyspec": (lambda: DraftModelDrafter(DRAFT, depth=2, budget=3, width=2, grow="dyspec"), "traversal"),
+    "early exit, dyspec": (
+        lambda: EarlyExitDrafter(TARGET, layer=1, depth=2, budget=2, width=2, grow="dyspec"),
+        "auto",
+    ),
+    "eagle2": (lambda: DraftModelDrafter(DRAFT, depth=3, budget=4, width=2, grow="eagle2"), "auto"),
+    "early exit, opt-tree": (
+        lambda: EarlyExitDrafter(TARGET, layer=1, depth=3, budget=3, width=2, grow="opt-tree", threshold=0.3),
+        "auto",
+    ),
+    "calibrated": (
+        lambda: DraftModelDrafter(DRAFT, depth=2, budget=2, width=2, grow="calibrated", children="drawn"),
+        "auto",
+    ),
+    "lookup, then drawn children": (
+        lambda: HybridDrafter(LookupDrafter(tokens=2), draft_model("drawn", CHAIN)),
+        "auto",
+    ),
 }
 
 
 @pytest.mark.parametrize(("make", "rule"), [pytest.param(*case, id=name) for name, case in DRAFTERS.items()])
 def test_a_whole_generation_has_the_targets_law(make, rule: Rule) -> None:
     """Prefill, a step of depth 2, and further steps up to four tokens or the end of text."""
-    drafter = make()
-    law = law_of(lambda chooser: generate(chooser, drafter, PROMPT, 4, processors(), rule)[0])
+    # A drafter of its own for every path: what one learned must not reach another.
+    law = law_of(lambda chooser: generate(chooser, make(), PROMPT, 4, processors(), rule)[0])
     expected = target_law(PROMPT[0].tolist(), 4, processors())
     assert len(expected) > 8
     assert total_variation(law, expected) < EXACT
