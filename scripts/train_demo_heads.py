@@ -64,18 +64,27 @@ def demo_recipe(kind: str, steps: int) -> Recipe:
     return recipe_for(kind, None, loop=loop, data=data, **SECTIONS[kind])
 
 
+def corpus_ids(work: Path, split: str) -> Tensor:
+    """Token ids of the standard library's "train" or "held_out" files; encoded once, which takes a minute."""
+    file = work / "corpus.pt"
+    if not file.exists():
+        corpus = Corpus(work.parent / "demo", seed=0)
+        torch.save({"train": corpus.train, "held_out": corpus.held_out}, file)
+    return torch.load(file)[split]
+
+
 def write_texts(work: Path) -> None:
     """Let the target continue beginnings from its training corpus; [ROWS, length] for each batch, kept as one file."""
     file = work / "texts.pt"
     texts: list[Tensor] = torch.load(file) if file.exists() else []
-    corpus, model = Corpus(work.parent / "demo", seed=0), demo_target()
+    corpus, model = corpus_ids(work, "train"), demo_target()
     with Progress() as progress:
         bar = progress.add_task("the target writes", total=BATCHES, completed=len(texts))
         for batch in range(len(texts), BATCHES):
             generator = torch.Generator().manual_seed(batch)
             length = int(torch.randint(24, 64, (1,), generator=generator))
-            starts = torch.randint(0, len(corpus.train) - length - 1, (ROWS,), generator=generator).tolist()
-            ids = torch.stack([corpus.train[start : start + length] for start in starts]).long()
+            starts = torch.randint(0, len(corpus) - length - 1, (ROWS,), generator=generator).tolist()
+            ids = torch.stack([corpus[start : start + length] for start in starts]).long()
             temperature = TEMPERATURES[batch % len(TEMPERATURES)]
             sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0} if temperature else {}
             torch.manual_seed(batch)
@@ -93,20 +102,20 @@ def write_texts(work: Path) -> None:
 def documents(work: Path) -> MemoryData:
     """The target's texts and as many tokens of the corpus; every token but a document's first is supervised."""
     texts = [row.long() for batch in torch.load(work / "texts.pt") for row in batch]
-    corpus = Corpus(work.parent / "demo", seed=0)
+    corpus = corpus_ids(work, "train")
     count = sum(map(len, texts)) // DOCUMENT
     generator = torch.Generator().manual_seed(1)
-    starts = torch.randint(0, len(corpus.train) - DOCUMENT, (count,), generator=generator).tolist()
-    texts += [corpus.train[start : start + DOCUMENT].long() for start in starts]
+    starts = torch.randint(0, len(corpus) - DOCUMENT, (count,), generator=generator).tolist()
+    texts += [corpus[start : start + DOCUMENT].long() for start in starts]
     return MemoryData([(text, torch.arange(len(text)) > 0) for text in texts])
 
 
 def held_out_prompts(work: Path) -> list[list[int]]:
     """Beginnings from modules that nothing here was trained on."""
-    corpus = Corpus(work.parent / "demo", seed=0)
+    corpus = corpus_ids(work, "held_out")
     generator = torch.Generator().manual_seed(2)
-    starts = torch.randint(0, len(corpus.held_out) - PROMPT_TOKENS, (PROMPTS,), generator=generator).tolist()
-    return [corpus.held_out[start : start + PROMPT_TOKENS].tolist() for start in starts]
+    starts = torch.randint(0, len(corpus) - PROMPT_TOKENS, (PROMPTS,), generator=generator).tolist()
+    return [corpus[start : start + PROMPT_TOKENS].tolist() for start in starts]
 
 
 def demo_target() -> Any:
