@@ -129,11 +129,11 @@ def test_version_is_that_of_the_package():
 def test_no_command_shows_what_there_is():
     result = run()
     assert result.exit_code == 0
-    for command in ("demo", "generate", "info"):
+    for command in ("demo", "generate", "info", "convert"):
         assert command in result.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "info"])
+@pytest.mark.parametrize("command", ["demo", "generate", "info", "convert"])
 def test_help_of_every_command_has_an_example(command: str):
     result = run(command, "--help")
     assert result.exit_code == 0

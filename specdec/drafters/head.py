@@ -46,10 +46,12 @@ def build_head(checkpoint: HeadCheckpoint, dtype: torch.dtype) -> nn.Module:
     """The module with the checkpoint's tensors, in evaluation mode.
 
     Only what is stored is converted: buffers that the module computes, rotary frequencies above all, stay in float32.
+    Tensors are copied: those of the checkpoint may still lie in its file, which others may write to.
     """
     with init_empty_weights(include_buffers=False):
         head = HEADS[checkpoint.kind].head(checkpoint.config)
-    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in checkpoint.tensors.items()}
+    stored = checkpoint.tensors.items()
+    tensors = {name: t.to(dtype, copy=True) if t.is_floating_point() else t.clone() for name, t in stored}
     head.load_state_dict(tensors, strict=True, assign=True)
     return head.eval().requires_grad_(False)
 

@@ -51,7 +51,7 @@ WORDS: dict[str, Callable[..., Drafter]] = {
     "early-exit": EarlyExitDrafter,
     "demo-draft": DraftModelDrafter,
 }
-HEAD_DRAFTERS: dict[str, Callable[..., Drafter]] = {
+HEAD_DRAFTERS: dict[str, type[Any]] = {
     "medusa": MedusaDrafter,
     "hydra": SequentialDrafter,
     "clover": SequentialDrafter,
@@ -144,7 +144,7 @@ def check_fits(drafter: Drafter, model: PreTrainedModel) -> None:
     vocabulary = vocab_size(model)
     if isinstance(drafter, EarlyExitDrafter) and drafter.target.model is not model:
         raise DrafterMismatch("this early-exit drafter runs the layers of another model; load one for this target")
-    if isinstance(drafter, SequentialDrafter) and drafter.target.model is not model:
+    if isinstance(drafter, tuple(HEAD_DRAFTERS.values())) and cast(Any, drafter).target.model is not model:
         raise DrafterMismatch("this head reads the states of another model; load one for this target")
     if isinstance(drafter, RecyclingDrafter | DraftModelDrafter) and drafter.vocab_size != vocabulary:
         raise DrafterMismatch(

@@ -189,7 +189,7 @@ def _entries_of(file: Path) -> dict[str, _Entry]:
             with safe_open(file, framework="pt") as opened:
                 return {name: _Entry(file, tuple(opened.get_slice(name).get_shape())) for name in opened.keys()}  # noqa: SIM118
         except Exception as error:
-            raise BadCheckpoint(f"{file} is not a whole safetensors file: {_first_line(error)}") from error
+            raise BadCheckpoint(f"cannot load {file}: no whole safetensors file ({_first_line(error)})") from error
     if file.suffix not in PICKLES:
         raise BadCheckpoint(f"{file} is no weight file; those end in .safetensors, {', '.join(PICKLES)}")
     tensors = _unpickled(file)

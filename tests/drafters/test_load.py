@@ -13,11 +13,12 @@ import specdec
 from specdec.drafters.directory import DrafterJson, fingerprint, read_drafter_json, write_drafter_json
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
-from specdec.drafters.load import WORDS, load_drafter, parse_spec
+from specdec.drafters.load import HEAD_DRAFTERS, WORDS, load_drafter, parse_spec
 from specdec.drafters.lookup import LookupDrafter
 from specdec.drafters.recycling import RecyclingDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.grow.fixed import FixedGrowth
+from specdec.heads.kinds import HEADS
 from tests.tiny import VOCAB, make_target, prompt, shared_draft, shared_target
 
 
@@ -107,6 +108,10 @@ def test_a_drafter_directory_may_hold_a_draft_model(tmp_path: Path) -> None:
     drafter = loaded(tmp_path)
     assert isinstance(drafter, DraftModelDrafter)
     assert drafter.policy.depth == 2
+
+
+def test_every_kind_of_head_has_a_drafter() -> None:
+    assert HEAD_DRAFTERS.keys() == HEADS.keys()
 
 
 def test_drafter_json_is_read_as_it_was_written(tmp_path: Path) -> None:

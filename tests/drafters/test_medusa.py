@@ -32,7 +32,7 @@ from tests.law.tables import PLAIN, Context, Propose, Tables, by_rule, law_after
 from tests.tiny import VOCAB, make_target, perturbed, prompt, shared_target
 
 TREES: dict[str, dict[str, Any]] = {
-    "chain": {"budget": 3, "depth": 3},
+    "chain": {"budget": 3, "depth": 3, "width": 1},
     "tree": {"budget": 12, "depth": 4},
     "best-first": {"grow": "best-first", "budget": 12},
     "drawn": {"budget": 8, "children": "drawn"},
@@ -207,7 +207,7 @@ def test_a_true_next_token_of_id_0_is_emitted_once_and_cached_rightly() -> None:
 
 def test_nothing_follows_an_end_of_text_inside_an_accepted_path() -> None:
     model, inputs = shared_target(), prompt(1)
-    drafter = medusa(model, shared_heads(1), budget=4, depth=4)
+    drafter = medusa(model, shared_heads(1), budget=4, depth=4, width=1)
     free = drafted(model, inputs, drafter)
     text, inside = free.sequences[0, 12:].tolist(), 0
     for eos in sorted(set(text)):
@@ -290,6 +290,30 @@ def test_heads_of_a_target_with_other_layers_are_refused_by_their_fingerprint(tm
         load_drafter(path, shared_target())
 
 
+def test_a_drafter_of_another_model_is_refused_even_where_the_sizes_agree() -> None:
+    drafter = medusa(shared_target(), shared_heads(1))
+    with pytest.raises(DrafterMismatch, match="states of another model"):
+        drafted(make_target(seed=1), prompt(1), drafter)
+
+
+def test_a_weight_file_can_be_named_as_the_drafter(tmp_path: Path) -> None:
+    path = written(tmp_path / "heads", shared_heads(1), "medusa_v1") / "medusa_lm_head.pt"
+    loaded: Any = load_drafter(f"{path}:budget=3,depth=3,width=1", shared_target())
+    assert loaded.policy.is_chain
+
+
+def test_a_rewritten_file_does_not_change_heads_that_are_in_use(tmp_path: Path) -> None:
+    path = written(tmp_path / "heads", shared_heads(1))
+    loaded: Any = load_drafter(path, shared_target())
+    before = {name: tensor.clone() for name, tensor in loaded.head.state_dict().items()}
+    file = path / "model.safetensors"
+    size = file.stat().st_size
+    with file.open("r+b") as opened:
+        opened.seek(size // 2)
+        opened.write(b"\xff" * (size // 2))
+    assert all(torch.equal(before[name], tensor) for name, tensor in loaded.head.state_dict().items())
+
+
 def test_a_token_map_beyond_the_targets_vocabulary_is_refused() -> None:
     head = MedusaHead(MedusaConfig(32, 3, 2, token_map=True))
     assert head.token_map is not None
@@ -354,10 +378,10 @@ def distance(propose: Propose) -> float:
 @pytest.mark.parametrize(
     "options",
     [
-        {"budget": 3, "depth": 3},
+        {"budget": 3, "depth": 3, "width": 1},
         {"budget": 6, "depth": 3},
         {"budget": 5, "grow": "best-first"},
-        {"budget": 3, "depth": 3, "children": "drawn"},
+        {"budget": 3, "depth": 3, "width": 1, "children": "drawn"},
         {"budget": 4, "depth": 2, "children": "drawn"},
     ],
     ids=str,
