@@ -238,7 +238,9 @@ def run_dflash(model: Any, inputs: Tensors) -> Tensors:
     core.select_anchors = lambda *_args, **_named: (anchors, torch.ones(len(anchors), dtype=torch.bool))
     ones, documents = torch.ones(1, LENGTH, dtype=torch.long), torch.zeros(1, LENGTH, dtype=torch.long)
     last = torch.zeros(1, LENGTH, HIDDEN)  # the target's own states, which are for the loss alone
-    _, logits, *_ = model._backbone_forward(inputs["features"], inputs["tokens"], ones, last, documents)
+    _, logits, *_ = model._backbone_forward(
+        inputs["features"], inputs["tokens"], ones, last, documents, max_anchors=len(anchors)
+    )
     return {"logits": logits}
 
 

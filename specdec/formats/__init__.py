@@ -27,6 +27,7 @@ from specdec.formats import (
     medusa_v2,
     mlp_speculator,
     native,
+    speculators_dflash,
     speculators_eagle3,
     vllm_eagle3,
     vllm_medusa,
@@ -71,6 +72,7 @@ FORMATS: tuple[Format, ...] = cast(
         eagle,
         eagle3,
         vllm_eagle3,
+        speculators_dflash,
         speculators_eagle3,
     ),
 )  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specdec.errors import BadCheckpoint
 from specdec.formats.checkpoint import HeadCheckpoint
+from specdec.formats.draft_vocabulary import take_vocabulary
 from specdec.formats.folder import Folder, write_json, write_tensors
 from specdec.formats.layer_json import checked_config, layer_json, read_layer, rest_of_config
 from specdec.heads.dflash import FULL, SLIDING, DFlashConfig
@@ -172,22 +173,9 @@ def take_tensors(folder: Folder, config: DFlashConfig) -> dict[str, Tensor]:
     """The head's state dict; names are the same. What a vocabulary of its own lacks is made or named."""
     names = [name for name in folder.names if name not in ("d2t", "t2d")]
     tensors = {name: folder.take(name) for name in names}
+    if config.draft_vocab_size == config.vocab_size and not folder.has("d2t"):
+        everything = torch.ones(config.vocab_size, dtype=torch.bool)
+        return tensors | {"d2t": torch.zeros(config.vocab_size, dtype=torch.long), "t2d": everything}
     if config.draft_vocab_size is not None:
-        tensors |= _take_vocabulary(folder, config.vocab_size, config.draft_vocab_size)
+        tensors |= take_vocabulary(folder, config.vocab_size, config.draft_vocab_size)
     return tensors
-
-
-def _take_vocabulary(folder: Folder, vocab_size: int, count: int) -> dict[str, Tensor]:
-    """`d2t` and `t2d`, checked against each other; servers need the first alone."""
-    whole = count == vocab_size and not folder.has("d2t")
-    d2t = torch.zeros(count, dtype=torch.long) if whole else folder.take("d2t", (count,), "int")
-    if d2t.is_meta:  # missing, or of the wrong shape
-        return {"d2t": d2t, "t2d": torch.empty(vocab_size, dtype=torch.bool, device="meta")}
-    ids = d2t.long() + torch.arange(count)
-    if bool((ids < 0).any()) or bool((ids >= vocab_size).any()) or len(ids.unique()) < count:
-        folder.problem(f"d2t does not name {count} different tokens of a vocabulary of {vocab_size}")
-        ids = ids.clamp(0, vocab_size - 1)
-    t2d = torch.zeros(vocab_size, dtype=torch.bool).index_fill(0, ids, True)
-    if folder.has("t2d") and not torch.equal(folder.take("t2d", (vocab_size,), "bool").cpu(), t2d):
-        folder.problem("t2d does not mark the tokens that d2t names")
-    return {"d2t": d2t.long(), "t2d": t2d}

@@ -50,13 +50,14 @@ def read(folder: Folder) -> HeadCheckpoint:
     tensors = take_eagle3_tensors(folder, config, "layers.0")
     extra = {key: value for key, value in said.items() if key not in MADE_ANEW}
     target: dict[str, Any] = {"vocab_size": config.vocab_size, "hidden_size": config.feature_size}
-    name = _verifier(said, where).get("name_or_path")
+    name = verifier_of(said, where).get("name_or_path")
     if name:
         target["name"] = name
     return HeadCheckpoint("eagle3", config, tensors, target, NAME, {NAME: extra} if extra else {})
 
 
-def _verifier(said: dict[str, Any], where: str) -> dict[str, Any]:
+def verifier_of(said: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a file says of its target."""
     outer = said.get("speculators_config")
     verifier = outer.get("verifier") if isinstance(outer, dict) else None
     if not isinstance(verifier, dict):
