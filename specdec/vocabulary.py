@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,6 +43,18 @@ def check_vocabulary(draft: PreTrainedModel, target: PreTrainedModel) -> None:
 def vocab_size(model: PreTrainedModel) -> int:
     """Width of the model's head."""
     return int(model.config.get_text_config(decoder=True).vocab_size)
+
+
+def vocabulary_sha256(tokens: Mapping[str, int]) -> str:
+    """A hash of which id each token text has; the same whichever file or library the vocabulary came from."""
+    listed = json.dumps(sorted(tokens.items(), key=lambda pair: (pair[1], pair[0])))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def model_vocabulary_sha256(model: PreTrainedModel) -> str | None:
+    """`vocabulary_sha256` of the tokenizer.json beside a model; None without a readable one."""
+    tokens = _tokens(Path(model.name_or_path)) if model.name_or_path else None
+    return None if tokens is None else vocabulary_sha256(tokens)
 
 
 def fit_logits(logits: Tensor, width: int) -> Tensor:

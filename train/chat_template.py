@@ -12,7 +12,6 @@ with the history as the target saw it.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,6 +66,7 @@ class ChatTemplate:
         self.text = template or _own_template(tokenizer)
         self.marks_answers = bool(_MARKS_ANSWERS.search(self.text))
         self.today = today or datetime.now()
+        self._dated = _with_date(self.text, self.today)
         self._specials = _special_texts(tokenizer)
 
     @property
@@ -96,8 +96,10 @@ class ChatTemplate:
         turns = [self._turn(conversation, number) for number in answers]
         whole = turns[-1].text
         if all(whole.startswith(turn.text) for turn in turns):
-            turns = [Rendered(whole, tuple(span for turn in turns for span in turn.spans))]
-        return [self._marked(row, conversation) for row in turns] if self.marks_answers else turns
+            answers, turns = answers[-1:], [Rendered(whole, tuple(span for turn in turns for span in turn.spans))]
+        if not self.marks_answers:
+            return turns
+        return [self._marked(row, conversation, number) for row, number in zip(turns, answers, strict=True)]
 
     def _turn(self, conversation: Conversation, number: int) -> Rendered:
         """Everything up to one answer, of which the answer is supervised."""
@@ -118,28 +120,26 @@ class ChatTemplate:
             return len(asked)
         plain = self.render(history, tools)  # the opening may hold more than the template writes before an answer
         if not text.startswith(plain):
-            place = len(os.path.commonprefix([plain, text]))
+            place = _common(plain, text)
             raise BadData(
                 "the chat template renders the history differently once the answer follows (they part at character "
                 f"{place}: {plain[place : place + 30]!r} became {text[place : place + 30]!r}); what the target would "
                 "have read is not known, so this conversation cannot be trained on with this template"
             )
-        return max(len(plain), len(os.path.commonprefix([asked, text])))
+        return max(len(plain), _common(asked, text))
 
     def _end(self, text: str, start: int) -> int:
         """White space behind the end-of-turn token is the template's: the target stops before it."""
         end = start + len(text[start:].rstrip())
         return end if text[start:end].endswith(self._specials) else len(text)
 
-    def _marked(self, row: Rendered, conversation: Conversation) -> Rendered:
-        """The template's own marks, as far as they lie within the answers of this row."""
-        upto = next(
-            number
-            for number in range(len(conversation.messages), 0, -1)
-            if self.render(conversation.messages[:number], conversation.tools) == row.text
-        )
+    def _marked(self, row: Rendered, conversation: Conversation, last: int) -> Rendered:
+        """With the template's own marks of the row that ends in message `last`."""
         encoded = self._apply(
-            conversation.messages[:upto], conversation.tools, return_dict=True, return_assistant_tokens_mask=True
+            conversation.messages[: last + 1],
+            conversation.tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
         return Rendered(row.text, row.spans, tuple(bool(mark) for mark in encoded["assistant_masks"]))
 
@@ -148,8 +148,7 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(
                 list(messages),
                 tools=list(tools) or None,
-                chat_template=self.text,
-                strftime_now=self.today.strftime,
+                chat_template=self._dated,
                 **how,
                 **self.options,
             )
@@ -171,10 +170,22 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
         raise BadData(f"the tokenizer has several chat templates and no default: {error}; give --template") from error
 
 
+def _with_date(template: str, today: datetime) -> str:
+    """Calls of strftime_now(format) replaced by the text that they give for this day."""
+    call = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
+    return re.sub(call, lambda found: f'"{today.strftime(found[2])}"', template)
+
+
 def _special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Special and added tokens as text: an answer's end-of-turn token is among them, where there is one."""
     added = {str(token.content) for token in tokenizer.added_tokens_decoder.values()}
     return tuple(sorted(token for token in {*added, *map(str, tokenizer.all_special_tokens)} if token.strip()))
+
+
+def _common(one: str, other: str) -> int:
+    """Length of the longest common beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _end_of_content(text: str, start: int, end: int, message: Message) -> int:

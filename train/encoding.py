@@ -8,14 +8,14 @@ tokens come out as in the text that a target reads; special tokens that a templa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from specdec.errors import BadData
 from specdec.train.chat_template import ChatTemplate, Rendered
 from specdec.train.example import Completion, Conversation, Example, PlainText, TokenTurns
+from specdec.vocabulary import vocabulary_sha256
 
 PROMPT_TOKENS = 64
 """Prompt length for validation, of text that has no prompt of its own."""
@@ -46,7 +46,7 @@ class Encoded:
 
     @property
     def teaches(self) -> bool:
-        """Something supervised has a predecessor, and there are two such tokens in a row, or the only one ends it."""
+        """A supervised token has a predecessor, from which it can be predicted."""
         return any(self.supervised[1:])
 
 
@@ -79,7 +79,7 @@ class Encoder:
         if max_length < 2:
             raise BadData(f"documents of at most {max_length} tokens teach nothing; expected 2 or more")
         self.tokenizer, self.max_length, self._template = tokenizer, max_length, template
-        self.end = tokenizer.eos_token_id if end_of_text else None
+        self.end = cast(int | None, tokenizer.eos_token_id) if end_of_text else None
         self.vocabulary = vocabulary_sha256(tokenizer.get_vocab())
 
     @property
@@ -156,7 +156,7 @@ class Encoder:
     def _ended(self, ids: list[int], mask: list[bool], cut: bool) -> tuple[list[int], list[bool]]:
         if cut or self.end is None or ids[-1:] == [self.end]:
             return ids, mask
-        return [*ids, int(self.end)], [*mask, True]
+        return [*ids, self.end], [*mask, True]
 
     def _clipped(self, ids: list[int], mask: list[bool], form: str) -> Encoded:
         end = self.max_length
@@ -167,7 +167,11 @@ class Encoder:
     def _tokenized(self, text: str, *, special: bool) -> tuple[list[int], list[int]]:
         """Ids, and where in the text each begins; -1 for tokens that the tokenizer adds itself."""
         encoded: Any = self.tokenizer(
-            text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=special
+            text,
+            add_special_tokens=special,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=special,
+            verbose=False,  # documents may be longer than a model's context; they are cut below
         )
         starts = [start for start, _ in encoded["offset_mapping"]]
         if special:
@@ -180,8 +184,3 @@ class Encoder:
 
 def _within(start: int, spans: tuple[tuple[int, int], ...]) -> bool:
     return any(first <= start < stop for first, stop in spans)
-
-
-def runs(supervised: list[bool]) -> list[tuple[bool, int]]:
-    """Lengths of consecutive equal marks."""
-    return [(mark, len(list(group))) for mark, group in groupby(supervised)]

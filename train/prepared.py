@@ -1,6 +1,6 @@
 """Prepared text on disk: token ids and loss mask in sharded safetensors, with a manifest that says what they are.
 
-    manifest.json              version, tokenizer, counts, shards, how it was made
+    manifest.json              version, tokenizer, counts, hashes, shards, how it was made
     shard-00000.safetensors    ids int32 [T], supervised uint8 [T], starts int64 [documents + 1]
 
 Opening reads the starts alone; pieces are read from mapped files when they are needed.
@@ -8,12 +8,15 @@ Opening reads the starts alone; pieces are read from mapped files when they are 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import shutil
+from array import array
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from specdec.errors import BadData
 from specdec.train.batch import Document
 from specdec.train.checkpoint import flush
 from specdec.train.order import Piece
+from specdec.vocabulary import model_vocabulary_sha256, vocab_size
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -95,60 +100,132 @@ def write_prepared(
     """
     if path.exists():
         raise BadData(f"{path} exists already; prepared data is never overwritten")
+    with unfinished_folder(path) as folder:
+        writer = PreparedWriter(folder)
+        for ids, supervised in documents:
+            writer.add(ids, supervised)
+        return writer.finish(description)
+
+
+@contextmanager
+def unfinished_folder(path: Path) -> Iterator[Path]:
+    """A neighbour of `path` to write into; it is flushed and becomes `path` in one move, or vanishes on an error.
+
+    What an earlier process left that was killed is removed.
+    """
+    for left in path.parent.glob(f".unfinished-{path.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)
     unfinished = path.with_name(f".unfinished-{path.name}-{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        shards = _write_shards(unfinished, documents)
-        supervised = sum(shard["supervised"] for shard in shards)
-        if not supervised:
-            raise BadData(
-                "no token of this data is supervised: every loss mask is all zeros. Look at `specdec data preview`"
-            )
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            **description,
-            "documents": sum(shard["documents"] for shard in shards),
-            "tokens": sum(shard["tokens"] for shard in shards),
-            "supervised": supervised,
-            "shards": shards,
-        }
-        (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        yield unfinished
         flush(unfinished)
         os.replace(unfinished, path)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    return manifest
 
 
-def _write_shards(folder: Path, documents: Iterable[tuple[list[int], list[bool]]]) -> list[dict[str, Any]]:
-    shards: list[dict[str, Any]] = []
-    ids: list[int] = []
-    supervised: list[bool] = []
-    starts = [0]
+class PreparedWriter:
+    """Writes documents into a folder, a shard at a time."""
 
-    def close() -> None:
-        name = f"shard-{len(shards):05d}.safetensors"
-        mask = torch.tensor(supervised, dtype=torch.uint8)
-        save_file(
-            {"ids": torch.tensor(ids, dtype=torch.int32), "supervised": mask, "starts": torch.tensor(starts)},
-            folder / name,
+    def __init__(self, folder: Path, shard_tokens: int = SHARD_TOKENS) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.shard_tokens = folder, shard_tokens
+        self.shards: list[dict[str, Any]] = []
+        self.documents = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._ids, self._supervised, self._starts = array("i"), bytearray(), array("q", [0])
+
+    def add(self, ids: list[int], supervised: list[bool]) -> None:
+        """Append a document.
+
+        Raises:
+            BadData: ids and mask differ in length.
+        """
+        if len(ids) != len(supervised):
+            raise BadData(f"document {self.documents} has {len(ids)} ids and a mask of {len(supervised)}")
+        self._ids.extend(ids)
+        self._supervised.extend(supervised)
+        self._starts.append(len(self._ids))
+        self.documents += 1
+        if len(self._ids) >= self.shard_tokens:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if len(self._starts) == 1:
+            return
+        tensors = {
+            "ids": torch.frombuffer(self._ids, dtype=torch.int32),
+            "supervised": torch.frombuffer(self._supervised, dtype=torch.uint8),
+            "starts": torch.frombuffer(self._starts, dtype=torch.int64),
+        }
+        file = self.folder / f"shard-{len(self.shards):05d}.safetensors"
+        save_file(tensors, file)
+        self.shards.append(
+            {
+                "file": file.name,
+                "documents": len(self._starts) - 1,
+                "tokens": len(self._ids),
+                "supervised": sum(self._supervised),
+                "sha256": content_sha256(tensors),
+            }
         )
-        shards.append({"file": name, "documents": len(starts) - 1, "tokens": len(ids), "supervised": int(mask.sum())})
+        self._clear()
 
-    for text, mask in documents:
-        if len(text) != len(mask):
-            raise BadData(f"document {len(starts) - 1} has {len(text)} ids and a mask of {len(mask)}")
-        ids += text
-        supervised += mask
-        starts.append(len(ids))
-        if len(ids) >= SHARD_TOKENS:
-            close()
-            ids, supervised, starts = [], [], [0]
-    if len(starts) > 1:
-        close()
-    return shards
+    def finish(self, description: dict[str, Any]) -> dict[str, Any]:
+        """Write what is left and the manifest, which is returned.
+
+        Raises:
+            BadData: nothing at all is supervised.
+        """
+        self._close_shard()
+        counts = {name: sum(shard[name] for shard in self.shards) for name in ("documents", "tokens", "supervised")}
+        if not counts["supervised"]:
+            raise BadData(
+                "no token of this data is supervised: every loss mask is all zeros. Look at `specdec data preview`"
+            )
+        together = hashlib.sha256("".join(shard["sha256"] for shard in self.shards).encode()).hexdigest()
+        manifest = {
+            "format_version": FORMAT_VERSION, **description, **counts, "sha256": together, "shards": self.shards,
+        }  # fmt: skip
+        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        return manifest
+
+
+def content_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """A hash of a shard's ids, mask and starts."""
+    digest = hashlib.sha256()
+    for name in ("ids", "supervised", "starts"):
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_tokenizer(manifest: dict[str, Any], model: PreTrainedModel) -> None:
+    """Refuse data that was prepared with another tokenizer than this target's.
+
+    Vocabularies are compared where both are known, for tokenizer files of the same content may differ; ids that the
+    target has no embedding for are refused in any case.
+
+    Raises:
+        BadData: they differ.
+    """
+    tokenizer = manifest.get("tokenizer") or {}
+    ours, theirs = tokenizer.get("vocabulary"), model_vocabulary_sha256(model)
+    if ours is not None and theirs is not None and ours != theirs:
+        raise BadData(
+            f"the data was prepared with the tokenizer of {tokenizer.get('name', 'another model')} (vocabulary "
+            f"{ours[:12]}), the target {model.name_or_path} has another one (vocabulary {theirs[:12]}); prepare it "
+            f"again with --tokenizer {model.name_or_path}"
+        )
+    largest = manifest.get("largest_id", -1)
+    if largest >= vocab_size(model):
+        raise BadData(
+            f"the data holds the token id {largest}, the target has {vocab_size(model)} tokens; prepare the data with "
+            "the target's own tokenizer"
+        )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
