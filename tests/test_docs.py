@@ -19,7 +19,7 @@ from specdec.drafters.load import HEAD_DRAFTERS, NOT_OPTIONS, WORDS
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "README.md"])
 DRAFTERS = {word: make for word, make in WORDS.items() if word != "demo-draft"} | {"path/to/model": DraftModelDrafter}
-DRAFTERS |= {kind: HEAD_DRAFTERS[kind] for kind in ("medusa", "hydra", "clover", "mlp-speculator")}
+DRAFTERS |= HEAD_DRAFTERS
 
 
 @pytest.fixture(scope="module")
