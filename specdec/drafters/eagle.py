@@ -13,6 +13,7 @@ target, V vocabulary, N tokens that the head can guess.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -115,7 +116,7 @@ class EagleDrafter:
     def observe(self, committed: Committed) -> None:
         """Keep the target's states of the committed tokens for the next proposal."""
         if committed.tree is not None and committed.nodes is not None:
-            self.policy.observe(committed.tree, committed.nodes)
+            self.policy.observe(self._in_own_ids(committed.tree), committed.nodes)
         features = torch.cat([committed.taps[tap] for tap in self._features_of], -1)
         for row, tokens in enumerate(committed.tokens):
             if committed.nodes is None:  # a left-padded prompt, or its end when the beginning was cached already
@@ -207,6 +208,15 @@ class EagleDrafter:
             whole[:, :, ids] = log_q
             log_q = whole
         return TokenTree(tokens, tree.shapes, log_q)
+
+    def _in_own_ids(self, tree: TokenTree) -> TokenTree:
+        """A scored tree as growth made it; tokens that the head cannot guess become -1."""
+        if self.head.guessed == self.target.vocab_size:
+            return tree
+        places = torch.full((self.target.vocab_size,), -1, device=tree.tokens.device)
+        ids = self.head.to_token_ids(torch.arange(self.head.guessed, device=self._runner.device))
+        places[ids.to(places.device)] = torch.arange(self.head.guessed, device=places.device)
+        return replace(tree, tokens=torch.cat([tree.tokens[:, :1], places[tree.tokens[:, 1:]]], 1))
 
     @torch.inference_mode()
     def select(self, rows: list[int]) -> None:

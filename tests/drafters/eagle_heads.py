@@ -48,9 +48,12 @@ def embedded(head: Head, target: Target, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def logits_after(head: Head, target: Target, text: list[int], path: list[int]) -> Tensor:
-    """Logits [V] of the head for what follows `path` below the last token of `text`; everything from scratch."""
-    states = head.encode(features(head, target, torch.tensor([text[:-1]])))
+def logits_after(head: Head, target: Target, text: list[int], path: list[int], known: Tensor) -> Tensor:
+    """Logits [V] of the head for what follows `path` below the last token of `text`; everything from scratch.
+
+    `known` are the features of the text without its last token.
+    """
+    states = head.encode(known)
     tokens, rest = text[1:], list(path)
     while True:
         positions = torch.arange(len(tokens))[None]

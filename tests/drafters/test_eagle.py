@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,14 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import specdec
+from specdec import formats
 from specdec.context import Context
 from specdec.drafter import Committed
 from specdec.drafters import eagle
 from specdec.drafters.eagle import EagleDrafter, beside_features, features_of
 from specdec.errors import DrafterMismatch, UnknownDrafter
+from specdec.formats.checkpoint import HeadCheckpoint
+from specdec.grow.calibration import CalibratedGrowth
 from specdec.grow.shape import shape_of
 from specdec.probe import target_of
 from specdec.sampling import Chooser, SamplingParams
@@ -114,11 +118,12 @@ def assert_drafts_are_the_heads_own(
     """Every node's children are the best tokens (or log_q is the law) after its path, computed without any cache."""
     ids = tree.tokens.tolist()
     for row, text in enumerate(texts):
-        shape = tree.shapes[row]
+        shape, known = tree.shapes[row], features(drafter.head, drafter.target, torch.tensor([text[:-1]]))
         for node, children in enumerate(shape.children):
             if not children:
                 continue
-            expected = logits_after(drafter.head, drafter.target, text, [ids[row][n] for n in shape.path(node)])
+            path = [ids[row][n] for n in shape.path(node)]
+            expected = logits_after(drafter.head, drafter.target, text, path, known)
             got = [ids[row][child] for child in children]
             assert len(set(got)) == len(got)
             if tree.log_q is None:
@@ -270,12 +275,11 @@ def speculative(model: Any, told: Reference, drafter: EagleDrafter, **options: A
 def test_greedy_text_is_that_of_plain_generate(family: str, kind: str) -> None:
     model, head = _fitted(family, kind)
     drafted = accepted = 0
-    for batch in ((13, 13), (13, 6, 10)):
+    for batch, tree in (((13, 13), "chain"), ((13, 6, 10), "tree"), ((13, 13), "eagle2")):
         told = _told(family, batch)
-        for options in TREES.values():
-            output = speculative(model, told, EagleDrafter(target_of(model), head, **options))
-            assert output.sequences.tolist() == told.sequences.tolist(), f"{batch}, {options}"
-            drafted, accepted = drafted + output.stats.drafted, accepted + output.stats.accepted
+        output = speculative(model, told, EagleDrafter(target_of(model), head, **TREES[tree]))
+        assert output.sequences.tolist() == told.sequences.tolist(), f"{batch}, {tree}"
+        drafted, accepted = drafted + output.stats.drafted, accepted + output.stats.accepted
     assert 0 < accepted < drafted, "neither accepted nor rejected anything: no test"
 
 
@@ -287,6 +291,34 @@ def test_a_head_that_knows_the_text_is_mostly_right() -> None:
         output = speculative(llama(), told, drafter)
         assert output.sequences.tolist() == told.sequences.tolist()
         assert output.stats.alpha[0] > 0.8
+
+
+@pytest.mark.parametrize("format", ["native", "eagle", "eagle3", "vllm_eagle3", "speculators_eagle3"])
+def test_a_directory_in_any_format_can_be_named_as_the_drafter(format: str, tmp_path: Path) -> None:
+    """The same head drafts the same tokens from a file as from memory."""
+    kind = "eagle" if format == "eagle" else "eagle3"
+    model, told, head = llama(), _told("llama", (13, 13)), _well_fitted(kind)
+    about = {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 3}
+    formats.write(HeadCheckpoint(kind, head.config, dict(head.state_dict()), about), tmp_path / "head", format)
+    drafter: Any = specdec.load_drafter(f"{tmp_path / 'head'}:depth=3,budget=9", model)
+    assert isinstance(drafter, EagleDrafter)
+    got = speculative(model, told, drafter)
+    expected = speculative(model, told, EagleDrafter(target_of(model), head, depth=3, budget=9))
+    assert got.sequences.tolist() == told.sequences.tolist()
+    assert (got.stats.drafted, got.stats.accepted) == (expected.stats.drafted, expected.stats.accepted)
+    assert got.stats.tau > 1.5
+
+
+def test_a_bfloat16_target_takes_a_float32_file(tmp_path: Path) -> None:
+    model = tiny_model("llama").bfloat16()
+    head = head_named("eagle3, few tokens")
+    formats.write(HeadCheckpoint("eagle3", head.config, dict(head.state_dict())), tmp_path / "head", "eagle3")
+    drafter: Any = specdec.load_drafter(tmp_path / "head", model)
+    assert drafter.head.fc.weight.dtype == torch.bfloat16
+    told = _told("llama", (13,))
+    output = speculative(model, told, drafter, max_new_tokens=6)
+    assert output.stats.drafted > 0
+    assert output.sequences.shape == (1, 19)
 
 
 def test_next_tokens_of_id_zero_are_drafted_and_emitted() -> None:
@@ -400,6 +432,24 @@ def test_drafted_tokens_are_among_those_that_the_head_can_guess() -> None:
     live = torch.tensor([[parent != NO_NODE for parent in shape.parents] for shape in tree.shapes])
     assert set(tree.tokens[live].tolist()) <= ids
     assert set(tree.log_q[0, 0].isfinite().nonzero().flatten().tolist()) == ids
+
+
+@pytest.mark.parametrize("name", ["eagle", "eagle3, few tokens"])
+def test_a_growth_policy_sees_what_became_of_its_own_tree(name: str) -> None:
+    """In its own ids: a policy that counts acceptances would else count nothing, or the wrong tokens."""
+    policy = CalibratedGrowth(6, 3, 3)
+    talk = Conversation(EagleDrafter(target_of(llama()), head_named(name), grow=policy), [[5, 6, 7], [8, 9]])
+    for roots in ([3, 4], [10, 11]):
+        tree = talk.propose(roots)
+        talk.commit([shape.path(shape.children[0][0]) for shape in tree.shapes])
+    assert policy.tables["chosen"].accepted.sum() == before(policy, "accepted") + 4
+    assert policy.tables["chosen"].trials.sum() > before(policy, "trials") + 4
+
+
+def before(policy: CalibratedGrowth, name: str) -> Tensor:
+    """What a fresh policy's table begins with."""
+    fresh = CalibratedGrowth(policy.budget, policy.depth, policy.width)
+    return getattr(fresh.tables["chosen"], name).sum()
 
 
 def test_taps_are_those_of_the_config_or_the_standard_ones() -> None:
