@@ -90,16 +90,15 @@ class AcceptanceTable:
 
 
 def _prior(kind: Kind) -> Tensor:
-    """What is believed of rank and bin at first: a chosen child is its draft probability; a drawn one is accepted more
-    often than not at the first draw, whatever its probability, and later draws less and less (a small draft model's
-    order of magnitude).
+    """What is believed of rank and bin at first: a chosen child is worth its draft probability; the first draw is often
+    accepted whatever its probability, later ones less often (orders of magnitude of a small draft model).
     """
     ends = torch.tensor([0.0, *EDGES, 1.0], dtype=torch.float64)
     middle = (ends[:-1] + ends[1:]) / 2
     ranks = torch.arange(RANKS, dtype=torch.float64)[:, None]
     if kind == "chosen":
         return middle.expand(RANKS, -1).clone()
-    return (0.5 + 0.45 * middle) * 0.7**ranks
+    return middle ** (0.8 - 0.55 * 0.4**ranks)
 
 
 class DrawnValues:
@@ -109,9 +108,9 @@ class DrawnValues:
         self.table = table
 
     @property
-    def most(self) -> float:
-        """The table's largest rate for a first draw."""
-        return float(self.table.rates[0].max())
+    def first(self) -> tuple[float, float]:
+        """The table's smallest and largest rate for a first draw."""
+        return float(self.table.rates[0].min()), float(self.table.rates[0].max())
 
     def of(self, q: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """[M, W] each, for laws q [M, V] and draws' probabilities [M, W]."""

@@ -36,8 +36,8 @@ class SlotValues(Protocol):
     """What slots and drawn tokens are worth, at a node that is reached with certainty."""
 
     @property
-    def most(self) -> float:
-        """No first slot has a larger key than this."""
+    def first(self) -> tuple[float, float]:
+        """No first slot has a smaller key than the one, or a larger one than the other."""
         ...
 
     def of(self, q: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ class SlotValues(Protocol):
 class DraftProbabilities:
     """DySpec's values: a draw is accepted with its draft probability, a slot is as good as its chance of a trial."""
 
-    most = 1.0
+    first = (1.0, 1.0)
 
     def of(self, q: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """Draft mass not drawn yet, and the draws' own."""
@@ -105,7 +105,7 @@ class DrawnGrowth:
             law = params.warp(expand(frontier))
             slots.add(law, self._draw(law, slots, chooser, min(self.width, self.budget, most_children)))
             if level < levels:
-                frontier = slots.next_frontier(self.budget, self.threshold, self.values.most, level)
+                frontier = slots.next_frontier(self.budget, self.threshold, self.values.first, level)
             if frontier is None:
                 break
         return slots
@@ -168,12 +168,12 @@ class Slots:
         children = torch.full(keys.shape, NO_NODE)
         self._parts.append((placed(draws.tokens), placed(draws.shares), keys, children))
 
-    def next_frontier(self, budget: int, threshold: float, most: float, depth: int) -> Frontier | None:
+    def next_frontier(self, budget: int, threshold: float, first: tuple[float, float], depth: int) -> Frontier | None:
         """Last draws whose own first slot best-first growth may still take; None when there are none."""
-        known = self._bounds
-        least = known.topk(min(budget, known.shape[1]), dim=1).values[:, -1:] if known.shape[1] >= budget else 0.0
         reach, cap = self._child_reach.flatten(1), self._child_cap.flatten(1)
-        bound = (reach * most).minimum(cap)
+        known = torch.cat([self._bounds, (reach * first[0]).minimum(cap)], 1)
+        least = known.topk(min(budget, known.shape[1]), dim=1).values[:, -1:] if known.shape[1] >= budget else 0.0
+        bound = (reach * first[1]).minimum(cap)
         wanted = (bound > 0) & (bound >= least) & (bound >= threshold)
         num_nodes = int(wanted.sum(1).max())
         if num_nodes == 0:
@@ -182,12 +182,12 @@ class Slots:
         live = wanted.gather(1, at)
         width = self._parts[-1][0].shape[2]
         start = sum(part[0].shape[1] for part in self._parts)
-        first = start - self._parts[-1][0].shape[1]
+        parents_start = start - self._parts[-1][0].shape[1]
         new = torch.arange(start, start + num_nodes).expand_as(at).masked_fill(~live, NO_NODE)
         self._parts[-1][3].flatten(1).scatter_(1, at, new)
         tokens = self._parts[-1][0].flatten(1).gather(1, at).to(self._device)
         self.live, self._reach, self._cap = live, reach.gather(1, at), cap.gather(1, at)
-        parents = (at // width + first).masked_fill(~live, NO_NODE)
+        parents = (at // width + parents_start).masked_fill(~live, NO_NODE)
         return Frontier(tokens, parents, torch.full_like(parents, depth).masked_fill(~live, 0))
 
     def best_first(self, policy: DrawnGrowth) -> tuple[list[list[tuple[int, int, int]]], list[Tensor]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 
+import torch
 from torch import Tensor
 
 from specdec.grow.chosen import ChosenGrowth
@@ -47,7 +48,8 @@ def ddtree(root: Tensor, logits: Tensor, budget: int, depth: int, width: int) ->
         width: most children of a node.
     """
     levels = min(depth, logits.shape[1])
-    wide = logits[:, :levels].double()
+    wide = logits[:, :levels]
+    wide = wide if wide.dtype == torch.float64 else wide.float()
     best = wide.topk(min(width, budget, wide.shape[2]), dim=-1)
     log_q = (best.values - wide.logsumexp(-1, keepdim=True)).tolist()
     tokens = best.indices.tolist()
