@@ -71,20 +71,24 @@ class PendingTaps:
         nodes = [row[count:] for row, count in zip(committed.nodes, skip or [0] * len(committed.nodes), strict=True)]
         width = max(map(len, nodes))
         if width:
-            device = committed.taps[self.taps[0]].device
-            index = torch.tensor([[*row, *[0] * (width - len(row))] for row in nodes], device=device)[:, :, None]
-            kept = [committed.taps[tap] for tap in self.taps]
-            states = torch.cat([tap.gather(1, index.expand(-1, -1, tap.shape[2])) for tap in kept], -1)
+            taps = self._taps_of(committed)
+            index = torch.tensor([[*row, *[0] * (width - len(row))] for row in nodes], device=taps[0].device)
+            states = torch.cat([tap.gather(1, index[:, :, None].expand(-1, -1, tap.shape[2])) for tap in taps], -1)
             self._runs.append(TapRun(states, [list(range(len(row))) for row in nodes]))
         return None
 
     def _observe_prompt(self, committed: Committed) -> list[int]:
         """Left-padded columns; a row's tokens are the last ones."""
-        states = torch.cat([committed.taps[tap] for tap in self.taps], -1)
+        states = torch.cat(self._taps_of(committed), -1)
         width = states.shape[1]
         counts = [min(len(tokens), width) for tokens in committed.tokens]
         self._runs.append(TapRun(states, [list(range(width - count, width)) for count in counts]))
         return [length - count for length, count in zip(self._lengths, counts, strict=True)]
+
+    def _taps_of(self, committed: Committed) -> list[Tensor]:
+        """The taps on one device; a target may be spread over several."""
+        taps = [committed.taps[tap] for tap in self.taps]
+        return [tap.to(taps[0].device) for tap in taps]
 
     def take(self) -> Iterator[TapRun]:
         """Everything that waits, oldest first; it waits no longer."""

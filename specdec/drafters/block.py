@@ -106,8 +106,8 @@ class BlockDrafter:
         context = self._context
         for run in self._pending.take():
             ends = [length - start for length, start in zip(context.lengths, context.starts, strict=True)]
-            positions = run.positions(ends).to(run.states.device)
-            self.head.inject(self.head.features(run.states), positions, context.cache)
+            positions = run.positions(ends).to(self.target.device)
+            self.head.inject(self.head.features(run.states.to(self.target.device)), positions, context.cache)
             context.keep(run.columns)
 
     @torch.inference_mode()

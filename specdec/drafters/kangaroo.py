@@ -133,7 +133,8 @@ class KangarooDrafter:
         context = self._context
         for run in self._pending.take():
             ends = [length - start for length, start in zip(context.lengths, context.starts, strict=True)]
-            self.head.inject(run.states, run.positions(ends).to(run.states.device), context.cache)
+            positions = run.positions(ends).to(self.target.device)
+            self.head.inject(run.states.to(self.target.device), positions, context.cache)
             context.keep(run.columns)
 
     @torch.no_grad()
