@@ -25,17 +25,20 @@ MODELS = {
     "specdec.fit",
     *TREES,
 }
-DRAFTING = {"specdec.drafter", "specdec.grow", "specdec.bottom", "specdec.pending", *MODELS}
+DRAFTING = {"specdec.drafter", "specdec.costs.table", "specdec.grow", "specdec.bottom", "specdec.pending", *MODELS}
 STEPS = {"specdec.drafter", "specdec.emitter", "specdec.acceptance", "specdec.verifier", "specdec.stats", *MODELS}
 LIBRARY = {"specdec.api", "specdec.decode", "specdec.drafters", "specdec.heads", "specdec.formats", "specdec.demo"}
-LIBRARY |= {*STEPS, *DRAFTING}
+LIBRARY |= {"specdec.environment", *STEPS, *DRAFTING}
 
 # The longest matching prefix of a module's name wins ("specdec" stands for specdec/__init__.py alone); the value is
 # what it may import from this project, submodules included. Lower rows know nothing of higher ones.
 MAY_IMPORT: dict[str, set[str]] = {
     "specdec.__main__": {"specdec.cli"},
-    "specdec.cli": {"specdec", "specdec.bench", *LIBRARY},
+    "specdec.cli": {"specdec", "specdec.bench", "specdec.train", *LIBRARY},
     "specdec.bench": LIBRARY,
+    "specdec.costs": LIBRARY,
+    "specdec.costs.table": {"specdec.costs.interpolation", "specdec.errors"},
+    "specdec.costs.interpolation": set(),
     "specdec": {
         "specdec.api",
         "specdec.optimize",
@@ -60,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specdec.bottom": {"specdec.grow", *MODELS},
     "specdec.pending": {"specdec.drafter", "specdec.context"},
     "specdec.drafter": {"specdec.context", *TREES},
-    "specdec.grow": TREES,
+    "specdec.grow": {"specdec.costs.table", *TREES},
     "specdec.fit": {"specdec.target", "specdec.errors"},
     "specdec.probe": {"specdec.context", "specdec.target", "specdec.tree", "specdec.errors", "specdec.version"},
     "specdec.context": {"specdec.cache", "specdec.target"},
@@ -72,6 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specdec.tree": set(),
     "specdec.stats": set(),
     "specdec.demo": set(),
+    "specdec.environment": {"specdec.version"},
     "specdec.errors": set(),
     "specdec.version": set(),
 }
@@ -80,6 +84,7 @@ SELF_CONTAINED = {
     "specdec.cli",
     "specdec.formats",
     "specdec.bench",
+    "specdec.costs",
     "specdec.train",
     "specdec.heads",
     "specdec.grow",
