@@ -168,9 +168,14 @@ class TokenTree:
 
     def up_to_depth(self, depth: int) -> TokenTree:
         """Without the nodes below `depth`. Lossless for drawn children: the cut looks at no token."""
-        if self.depth <= depth:
+        return self.up_to_depths([depth] * len(self.shapes))
+
+    def up_to_depths(self, depths: list[int]) -> TokenTree:
+        """The same with a depth of its own for each row."""
+        rows = list(zip(self.shapes, depths, strict=True))
+        if all(max(shape.depths) <= depth for shape, depth in rows):
             return self
-        return self._keeping([[d <= depth for d in shape.depths] for shape in self.shapes])
+        return self._keeping([[d <= depth for d in shape.depths] for shape, depth in rows])
 
     def first_path(self) -> TokenTree:
         """Only the first child of every node: the chain that a chain-only target can verify."""

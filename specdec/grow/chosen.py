@@ -78,7 +78,11 @@ class ChosenGrowth:
         levels = min(self.depth, room)
         for level in range(1, levels + 1):
             assert frontier is not None
-            pool.add(*self._children(expand(frontier), min(self.width, most_children)))
+            logits = expand(frontier)
+            if logits is None:
+                pool.take_back()
+                break
+            pool.add(*self._children(logits, min(self.width, most_children)))
             gain, value = pool.value() - value, pool.value()
             goes_on = gain >= self.least_gain if self.least_gain > 0 else torch.ones_like(gain, dtype=torch.bool)
             if level < levels:
@@ -154,6 +158,12 @@ class Pool:
         self._expanded = entries.masked_fill(~worthy, NO_NODE)
         tokens = self.tokens.gather(1, entries).to(self._device)
         return Frontier(tokens, parents, torch.full_like(parents, depth).masked_fill(~worthy, 0))
+
+    def take_back(self) -> None:
+        """The last frontier was not run after all."""
+        first = self._num_columns - self._expanded.shape[1]
+        self.columns.masked_fill_(self.columns >= first, NO_NODE)
+        self._num_columns = first
 
     def kept(self) -> list[list[int]]:
         """Per row the entries of largest value in order of their making: parents first, siblings by rank."""

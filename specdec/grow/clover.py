@@ -62,6 +62,10 @@ class CloverGrowth:
         first_column = 0
         for depth in range(1, min(self.depth, room) + 1):
             logits = expand(frontier)
+            if logits is None:
+                for row in rows:
+                    row.columns = [NO_NODE if column >= first_column else column for column in row.columns]
+                break
             law = (logits if logits.dtype == torch.float64 else logits.float()).softmax(-1)
             best = law.topk(min(self.width, most_children), dim=-1)
             self._take(rows, best.indices.tolist(), self._worth_a_look(best.values.cpu()).tolist())

@@ -102,7 +102,11 @@ class DrawnGrowth:
         levels = min(self.depth, room)
         for level in range(1, levels + 1):
             assert frontier is not None
-            law = params.warp(expand(frontier))
+            logits = expand(frontier)
+            if logits is None:
+                slots.take_back()
+                break
+            law = params.warp(logits)
             slots.add(law, self._draw(law, slots, chooser, min(self.width, self.budget, most_children)))
             if level < levels:
                 frontier = slots.next_frontier(self.budget, self.threshold, self.values.first, level)
@@ -189,6 +193,10 @@ class Slots:
         self.live, self._reach, self._cap = live, reach.gather(1, at), cap.gather(1, at)
         parents = (at // width + parents_start).masked_fill(~live, NO_NODE)
         return Frontier(tokens, parents, torch.full_like(parents, depth).masked_fill(~live, 0))
+
+    def take_back(self) -> None:
+        """The last frontier was not run after all."""
+        self._parts[-1][3].fill_(NO_NODE)
 
     def best_first(self, policy: DrawnGrowth) -> tuple[list[list[tuple[int, int, int]]], list[Tensor]]:
         """Per row the slots taken, as (parent node, column, draw); and tokens, shares, keys, children [B, C, W]."""

@@ -53,12 +53,14 @@ class FixedGrowth:
         shape = self.shape.up_to(room, most_children)
         columns: dict[int, int] = {}
 
-        def expand_nodes(nodes: list[int], tokens: Tensor) -> Tensor:
+        def expand_nodes(nodes: list[int], tokens: Tensor) -> Tensor | None:
             parents = [columns.get(shape.topology.parents[node], NO_NODE) for node in nodes]
-            columns.update({node: len(columns) + i for i, node in enumerate(nodes)})
             depths = [shape.topology.depths[node] for node in nodes]
             rows = tokens.shape[0]
-            return expand(Frontier(tokens[:, nodes], _for_rows(parents, rows), _for_rows(depths, rows)))
+            logits = expand(Frontier(tokens[:, nodes], _for_rows(parents, rows), _for_rows(depths, rows)))
+            if logits is not None:
+                columns.update({node: len(columns) + i for i, node in enumerate(nodes)})
+            return logits
 
         tree = grow_levels(
             shape, root, self.children, params, chooser, expand_nodes, min_confidence=self.min_confidence,

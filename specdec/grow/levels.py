@@ -16,8 +16,11 @@ from specdec.sampling import Chooser, SamplingParams
 from specdec.tree import NO_NODE, TokenTree, topology
 
 Children = Literal["chosen", "drawn"]
-Expand = Callable[[list[int], Tensor], Tensor]
-"""(nodes of one level that have children, tokens [B, N] so far) -> draft logits [B, F, V] at those nodes."""
+Expand = Callable[[list[int], Tensor], Tensor | None]
+"""(nodes of one level that have children, tokens [B, N] so far) -> draft logits [B, F, V] at those nodes.
+
+None ends growth above those nodes' children; not at the root.
+"""
 
 
 def grow_levels(
@@ -56,6 +59,9 @@ def grow_levels(
     for depth, level in enumerate(shape.levels[:-1], 1):
         parents = _with_children(shape, level)
         logits = expand(parents, tokens)
+        if logits is None:
+            shape = shape.up_to(depth - 1, shape.width)
+            break
         law = params.warp(logits) if drawn else logits
         width = max(ranks[child] + 1 for node in parents for child in shape.topology.children[node])
         if drawn:

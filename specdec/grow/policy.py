@@ -42,8 +42,11 @@ class Frontier:
         return Frontier(root[:, None], alone, torch.zeros_like(alone))
 
 
-Expand = Callable[[Frontier], Tensor]
-"""Runs a frontier; returns draft logits [B, F, V]. Its nodes become the next F columns."""
+Expand = Callable[[Frontier], Tensor | None]
+"""Runs a frontier; returns draft logits [B, F, V]. Its nodes become the next F columns.
+
+None ends growth: no node of this frontier gets children. The first frontier is never refused.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,18 @@ class Grown:
 
     tree: TokenTree
     columns: list[list[int]]
+
+    def up_to_depths(self, depths: list[int]) -> Grown:
+        """Without the nodes below each row's depth. The others move to the front of their row, in order."""
+        tree = self.tree.up_to_depths(depths)
+        if tree is self.tree:
+            return self
+        columns = []
+        for shape, row, depth in zip(self.tree.shapes, self.columns, depths, strict=True):
+            live = [n for n, parent in enumerate(shape.parents) if n == 0 or parent != NO_NODE]
+            kept = [row[n] for n in live if shape.depths[n] <= depth]
+            columns.append([*kept, *[NO_NODE] * (tree.num_nodes - len(kept))])
+        return Grown(tree, columns)
 
 
 class GrowthPolicy(Protocol):
