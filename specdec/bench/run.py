@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.bench.exactness import EXACTNESS_FILE, Judge, Verdict, failures
-from specdec.bench.manifest import FORMAT, Manifest, described_target, hardware, identity_sha256, is_finished, versions
+from specdec.bench.manifest import FORMAT, Manifest, described_target, identity_sha256, is_finished
 from specdec.bench.methods import (
     NONE,
     PLAIN,
@@ -33,6 +33,7 @@ from specdec.bench.settings import Settings
 from specdec.bench.spec_bench import all_answers, spec_bench_speedup, write_answers
 from specdec.bench.warmup import warm_up_prompt
 from specdec.drafter import Drafter
+from specdec.environment import hardware, versions
 from specdec.errors import SpecdecError
 
 SPEC_BENCH_FILE = "spec_bench.json"
