@@ -67,8 +67,8 @@ def batch_of(row: tuple[Piece, ...]) -> TrainBatch:
 
 def test_a_batch_lays_documents_side_by_side_with_positions_of_their_own() -> None:
     texts = Texts()
-    batch = batch_of((Piece(0, 0, 6), Piece(1, 2, 5)))
-    assert batch.ids[0, :9].tolist() == [*texts.ids[0][:6].tolist(), *texts.ids[1][2:5].tolist()]
+    batch = batch_of((Piece(2, 0, 6), Piece(3, 2, 5)))
+    assert batch.ids[0, :9].tolist() == [*texts.ids[2][:6].tolist(), *texts.ids[3][2:5].tolist()]
     assert batch.positions[0, :9].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
     assert batch.documents[0, :9].tolist() == [0] * 6 + [1] * 3
     assert (batch.documents[0, 9:] == PADDING).all()
