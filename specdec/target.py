@@ -90,6 +90,7 @@ class Target:
         self._bottoms: dict[int, nn.ModuleList] = {}
         self._tops: dict[int, nn.ModuleList] = {}
         self._tuple_length: int | None = None
+        self._knows_form = False
 
     @property
     def num_layers(self) -> int:
@@ -198,7 +199,7 @@ class Target:
             return
 
         def store(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            collected[BEFORE_NORM] = output[0] if isinstance(output, tuple) else output
+            collected[BEFORE_NORM] = self._states(output)
 
         hook = self.layers[-1].register_forward_hook(store)
         try:
@@ -228,10 +229,14 @@ class Target:
                 result = self.forward(input_ids, positions, mask, cache, keep_logits=keep_logits)
         finally:
             hook.remove()
-        output = captured[0]
-        self._tuple_length = len(output) if isinstance(output, tuple) else None
-        result.hidden = output[0] if isinstance(output, tuple) else output
+        result.hidden = self._states(captured[0])
         return result
+
+    def _states(self, output: Any) -> Tensor:
+        """The states in what a layer returned; its form is remembered, for stand-ins have to return the same."""
+        self._knows_form = True
+        self._tuple_length = len(output) if isinstance(output, tuple) else None
+        return output[0] if isinstance(output, tuple) else output
 
     def forward_top(
         self,
@@ -251,23 +256,56 @@ class Target:
         """
         if any(0 <= tap < first_layer for tap in taps):
             raise ValueError(f"taps {taps} lie below layer {first_layer}, where this forward begins")
-        given = cast(list[_Given], list(self._top(first_layer))[:first_layer])
-        output = hidden if self._tuple_length is None else (hidden, *[None] * (self._tuple_length - 1))
-        for stand_in in given:
-            stand_in.output = output
         collected: dict[int, Tensor] = {}
         hooks = [self._collect(tap, first_layer, collected) for tap in taps if tap != BEFORE_NORM]
         last = tuple(tap for tap in taps if tap == BEFORE_NORM)
         try:
-            with self._swapped(self._top(first_layer)):
+            with self._resumed(first_layer, hidden):
                 result = self.forward(input_ids, positions, mask, cache, taps=last)
         finally:
             for hook in hooks:
                 hook.remove()
-            for stand_in in given:
-                stand_in.output = None
         result.taps |= collected
         return result
+
+    def norm_and_head(self, hidden: Tensor, *, taps: tuple[int, ...] = ()) -> TargetOutput:
+        """The final norm and the head alone, with whatever the family does between and after them.
+
+        On states that a forward tapped as BEFORE_NORM, logits and the tap after the norm come out with the bits of
+        that forward, where its batch had the same shape.
+
+        Args:
+            hidden: [B, Q, D], the last layer's output before the final norm.
+            taps: L, the states after the norm, and BEFORE_NORM, the given ones; there are no others here.
+        """
+        if any(tap not in (self.num_layers, BEFORE_NORM) for tap in taps):
+            raise ValueError(f"taps {taps} of layers that do not run between the last layer and the logits")
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        if not self._knows_form:
+            self.call((BEFORE_NORM,), input_ids=ids[:1, :1], use_cache=False)
+        after: list[Tensor] = []
+        hook = self._parent.register_forward_hook(lambda _m, _i, output: after.append(output[0]))
+        try:
+            with self._resumed(self.num_layers, hidden):
+                output = self.model(input_ids=ids, use_cache=False, return_dict=True)
+        finally:
+            hook.remove()
+        known = {self.num_layers: after[0], BEFORE_NORM: hidden}
+        return TargetOutput(output.logits, {tap: known[tap] for tap in taps})
+
+    @contextmanager
+    def _resumed(self, first_layer: int, hidden: Tensor) -> Iterator[None]:
+        """Let the layers below `first_layer` answer with states that are known."""
+        given = cast(list[_Given], list(self._top(first_layer))[:first_layer])
+        output = hidden if self._tuple_length is None else (hidden, *[None] * (self._tuple_length - 1))
+        for stand_in in given:
+            stand_in.output = output
+        try:
+            with self._swapped(self._top(first_layer)):
+                yield
+        finally:
+            for stand_in in given:
+                stand_in.output = None
 
     def _collect(self, tap: int, first_layer: int, collected: dict[int, Tensor]) -> Any:
         """A hook that stores hidden_states[tap]; with layers replaced, transformers' own capture miscounts."""

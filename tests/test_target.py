@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specdec.context import Context
 from specdec.errors import UnsupportedModel
-from specdec.target import Target, TargetOutput, find_layers, layer_kinds
+from specdec.target import BEFORE_NORM, Target, TargetOutput, find_layers, layer_kinds
 from specdec.tree import TokenTree
 from tests.families import FAMILIES, LAYERS, VOCAB, WINDOW, tiny_model
 
@@ -156,6 +156,30 @@ def test_a_resumed_forward_serves_the_taps_above_its_first_layer(family: str) ->
         got = context.finish(1, bottom.hidden, tree.tokens, tree.ancestors(), taps=(1, 2)).taps
     for tap in (1, 2):
         assert (got[tap] - expected[tap]).abs().max() < ROUNDING * max(expected[tap].abs().max().item(), 1)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@torch.no_grad()
+def test_norm_and_head_alone_finish_a_forward_to_the_bit(family: str) -> None:
+    target = Target(tiny_model(family))
+    last = target.num_layers
+    ids = torch.tensor([rows_of_prompts()[0][:9], rows_of_prompts()[1]])
+    whole = target.call((last, BEFORE_NORM), input_ids=ids, use_cache=False)
+    fresh = Target(target.model)  # one that has not seen yet what its layers return
+    finished = fresh.norm_and_head(whole.taps[BEFORE_NORM], taps=(last, BEFORE_NORM))
+    assert torch.equal(finished.logits, whole.logits)
+    assert torch.equal(finished.taps[last], whole.taps[last])
+    assert torch.equal(finished.taps[BEFORE_NORM], whole.taps[BEFORE_NORM])
+    other = fresh.norm_and_head(whole.taps[BEFORE_NORM].flip(1)).logits
+    assert not torch.allclose(other, whole.logits), "the states decide"
+    again = target.call((), input_ids=ids, use_cache=False)
+    assert torch.equal(again.logits, whole.logits), "the layers are back in their place"
+
+
+def test_norm_and_head_have_no_taps_of_layers() -> None:
+    target = Target(tiny_model("llama"))
+    with pytest.raises(ValueError, match="do not run"):
+        target.norm_and_head(torch.zeros(1, 2, target.hidden_size), taps=(1,))
 
 
 def test_taps_below_the_first_layer_of_a_resumed_forward_are_refused() -> None:

@@ -75,20 +75,21 @@ class Order:
 
     def _pack(self, epoch: int) -> list[Row]:
         pieces = [piece for document in self._shuffled(len(self.lengths), epoch, "documents")
-                  for piece in self._pieces(document)]  # fmt: skip
+                  for piece in pieces_of(document, self.lengths[document], self.row_length)]  # fmt: skip
         rows = fill(pieces, self.row_length) if self.packed else [(piece,) for piece in pieces]
         return [rows[index] for index in self._shuffled(len(rows), epoch, "rows")]
-
-    def _pieces(self, document: int) -> list[Piece]:
-        length, size = self.lengths[document], self.row_length
-        cuts = [Piece(document, start, min(start + size, length)) for start in range(0, length, size)]
-        return [piece for piece in cuts if piece.stop - piece.start > 1]  # a lone token predicts nothing
 
     def _shuffled(self, count: int, epoch: int, what: str) -> list[int]:
         if not self.shuffled:
             return list(range(count))
         generator = torch.Generator().manual_seed(derived_seed(self.seed, what, epoch))
         return torch.randperm(count, generator=generator).tolist()
+
+
+def pieces_of(document: int, length: int, row_length: int) -> list[Piece]:
+    """A document of `length` tokens cut into pieces that rows can hold."""
+    cuts = [Piece(document, start, min(start + row_length, length)) for start in range(0, length, row_length)]
+    return [piece for piece in cuts if piece.stop - piece.start > 1]  # a lone token predicts nothing
 
 
 def fill(pieces: list[Piece], row_length: int) -> list[Row]:

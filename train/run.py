@@ -19,6 +19,7 @@ from specdec.probe import target_of
 from specdec.target import Target
 from specdec.train.batch import Documents, TrainBatch
 from specdec.train.evaluate import Evaluator
+from specdec.train.feature_cache import CachedData
 from specdec.train.features import TargetFeatures, check_packing
 from specdec.train.kinds.eagle import Eagle3Training, EagleTraining
 from specdec.train.kinds.head import HeadTraining
@@ -140,8 +141,9 @@ def row_source(documents: Documents, recipe: Recipe) -> Callable[[list[int]], Tr
 def supervised_tokens(documents: Documents) -> Counter[int]:
     """How often each token is supervised."""
     counts: Counter[int] = Counter()
-    for number, length in enumerate(documents.lengths):
-        document = documents.piece(Piece(number, 0, length))
+    texts = documents.texts if isinstance(documents, CachedData) else documents  # no reading of taps for ids
+    for number, length in enumerate(texts.lengths):
+        document = texts.piece(Piece(number, 0, length))
         counts.update(document.ids[document.supervised].tolist())
     return counts
 
