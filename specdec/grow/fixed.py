@@ -9,6 +9,7 @@ from specdec.errors import UnknownDrafter
 from specdec.grow.levels import Children, grow_levels
 from specdec.grow.policy import Expand, Frontier, Grown
 from specdec.grow.shape import Shape
+from specdec.grow.stopping import ConfidenceRule, Watch, grow_watched, law_of_tokens
 from specdec.sampling import Chooser, SamplingParams
 from specdec.tree import NO_NODE, TokenTree
 
@@ -19,7 +20,8 @@ class FixedGrowth:
     Args:
         shape: which ranks are tried where.
         children: "chosen" or "drawn".
-        min_confidence, min_probability: see `grow_levels`.
+        min_confidence: go below a level only in rows in which some path has this draft probability; see `stopping`.
+        min_probability: the same by the last token's own draft probability instead of its whole path's.
 
     Raises:
         UnknownDrafter: drawn children where the shape leaves out a rank; a draw cannot be left out.
@@ -34,6 +36,7 @@ class FixedGrowth:
                 "or use children=chosen"
             )
         self.shape, self.min_confidence, self.min_probability = shape, min_confidence, min_probability
+        self._rule = ConfidenceRule(min_confidence, min_probability)
         self.children: Children = children
 
     @property
@@ -49,8 +52,14 @@ class FixedGrowth:
     def grow(
         self, root: Tensor, params: SamplingParams, chooser: Chooser, room: int, expand: Expand, most_children: int
     ) -> Grown:
-        """Level by level; the same for all rows."""
+        """Level by level; the same for all rows, but for those that stop earlier."""
         shape = self.shape.up_to(room, most_children)
+        if not (self.min_confidence or self.min_probability):
+            return self._filled(shape, root, params, chooser, expand)
+        watch = Watch(expand, self._rule, law_of_tokens(self.children, params), root.shape[0])
+        return grow_watched(lambda watched: self._filled(shape, root, params, chooser, watched), watch, root)
+
+    def _filled(self, shape: Shape, root: Tensor, params: SamplingParams, chooser: Chooser, expand: Expand) -> Grown:
         columns: dict[int, int] = {}
 
         def expand_nodes(nodes: list[int], tokens: Tensor) -> Tensor | None:
@@ -62,10 +71,7 @@ class FixedGrowth:
                 columns.update({node: len(columns) + i for i, node in enumerate(nodes)})
             return logits
 
-        tree = grow_levels(
-            shape, root, self.children, params, chooser, expand_nodes, min_confidence=self.min_confidence,
-            min_probability=self.min_probability,
-        )  # fmt: skip
+        tree = grow_levels(shape, root, self.children, params, chooser, expand_nodes)
         row = [columns.get(node, NO_NODE) for node in range(tree.num_nodes)]
         return Grown(tree, [row] * tree.tokens.shape[0])
 

@@ -30,9 +30,6 @@ def grow_levels(
     params: SamplingParams,
     chooser: Chooser,
     expand: Expand,
-    *,
-    min_confidence: float = 0.0,
-    min_probability: float = 0.0,
 ) -> TokenTree:
     """The tree of this shape whose tokens come from a draft law.
 
@@ -44,16 +41,11 @@ def grow_levels(
         params: the draft law is warped with the same values as the target's.
         chooser: source of the draws.
         expand: runs the draft model.
-        min_confidence: stop below a level on which no path that could go on has this draft probability, in any row.
-            The level itself stays, whatever was drawn there; dropping it would be a hidden rejection and lossy.
-        min_probability: the same, by the last token's own draft probability instead of its whole path's.
     """
     drawn = children == "drawn" and params.do_sample
     tokens = root.new_zeros(root.shape[0], shape.num_nodes)
     tokens[:, 0] = root
     has_mass = torch.ones(tokens.shape, dtype=torch.bool)
-    confidence, probability = torch.ones(tokens.shape), torch.ones(tokens.shape)
-    may_stop = min_confidence > 0 or min_probability > 0
     log_q: Tensor | None = None
     ranks = [0, *(child.rank for child in shape.children)]
     for depth, level in enumerate(shape.levels[:-1], 1):
@@ -72,7 +64,6 @@ def grow_levels(
             mass = law.gather(-1, picked).isfinite().cpu()
         else:
             picked, mass = logits.topk(width, dim=-1).indices, None
-        shares = law.float().softmax(-1).gather(-1, picked).cpu() if may_stop else None
         picked = picked.to(tokens.device)
         for index, parent in enumerate(parents):
             nodes = list(shape.topology.children[parent])
@@ -80,15 +71,6 @@ def grow_levels(
             tokens[:, nodes] = picked[:, index, tried]
             if mass is not None:
                 has_mass[:, nodes] = mass[:, index, tried]
-            if shares is not None:
-                probability[:, nodes] = shares[:, index, tried]
-                confidence[:, nodes] = confidence[:, parent, None] * shares[:, index, tried]
-        going_on = _with_children(shape, shape.levels[depth])
-        if may_stop and going_on:
-            sure = (confidence[:, going_on] >= min_confidence) & (probability[:, going_on] >= min_probability)
-            if not bool(sure.any()):
-                shape = shape.up_to(depth, shape.width)
-                break
     num_nodes = shape.num_nodes
     shapes = (shape.topology,) * tokens.shape[0]
     if drawn and not bool(has_mass[:, :num_nodes].all()):

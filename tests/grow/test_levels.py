@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec.grow.levels import Children, grow_levels
+from specdec.grow.fixed import FixedGrowth
+from specdec.grow.levels import Children
 from specdec.grow.shape import best_shape, chain
 from specdec.sampling import Chooser, SamplingParams
 
@@ -14,16 +15,16 @@ def grown(shape, share, min_confidence, children: Children = "chosen", rows=1):
     """A tree from a law that gives its best token `share` at every node; also the levels that were run."""
     levels = []
 
-    def expand(nodes, tokens):
-        levels.append(nodes)
-        law = torch.full((rows, len(nodes), 5), (1 - share) / 4)
+    def expand(frontier):
+        levels.append(frontier.tokens.shape[1])
+        law = torch.full((rows, frontier.tokens.shape[1], 5), (1 - share) / 4)
         law[..., 2] = share
         return law.log()
 
     params = SamplingParams(do_sample=children == "drawn", generator=torch.Generator().manual_seed(0))
     root = torch.zeros(rows, dtype=torch.long)
-    tree = grow_levels(shape, root, children, params, Chooser(params.generator), expand, min_confidence=min_confidence)
-    return tree, levels
+    policy = FixedGrowth(shape, children, min_confidence)
+    return policy.grow(root, params, Chooser(params.generator), 99, expand, 5).tree, levels
 
 
 @pytest.mark.parametrize(("share", "depth"), [(0.9, 6), (0.6, 3), (0.2, 1)])
