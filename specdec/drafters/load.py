@@ -253,6 +253,8 @@ def typed_options(name: str, make: Callable[..., Any], options: dict[str, str]) 
 def _typed(name: str, key: str, text: str, annotation: str) -> Any:
     kinds = {"int": int, "float": float, "bool": _boolean, "str": str}
     kind = annotation.split("|")[0].strip()
+    if text.lower() == "none" and "None" in annotation:
+        return None
     try:
         return kinds[kind](text)
     except ValueError:
