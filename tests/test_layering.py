@@ -25,7 +25,8 @@ MODELS = {
     "specdec.fit",
     *TREES,
 }
-DRAFTING = {"specdec.drafter", "specdec.costs.table", "specdec.grow", "specdec.bottom", "specdec.pending", *MODELS}
+DRAFTING = {"specdec.drafter", "specdec.costs.table", "specdec.grow", "specdec.lengths", *MODELS}
+DRAFTING |= {"specdec.bottom", "specdec.pending"}
 STEPS = {"specdec.drafter", "specdec.emitter", "specdec.acceptance", "specdec.verifier", "specdec.stats", *MODELS}
 LIBRARY = {"specdec.api", "specdec.decode", "specdec.drafters", "specdec.heads", "specdec.formats", "specdec.demo"}
 LIBRARY |= {"specdec.environment", *STEPS, *DRAFTING}
@@ -63,6 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specdec.bottom": {"specdec.grow", *MODELS},
     "specdec.pending": {"specdec.drafter", "specdec.context"},
     "specdec.drafter": {"specdec.context", *TREES},
+    "specdec.lengths": {"specdec.costs.table", "specdec.costs.interpolation", "specdec.grow", *TREES},
     "specdec.grow": {"specdec.costs.table", *TREES},
     "specdec.fit": {"specdec.target", "specdec.errors"},
     "specdec.probe": {"specdec.context", "specdec.target", "specdec.tree", "specdec.errors", "specdec.version"},
@@ -70,6 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specdec.target": {"specdec.errors"},
     "specdec.sampling": {"specdec.errors"},
     "specdec.vocabulary": {"specdec.errors"},
+    "specdec.json_lines": {"specdec.errors"},
     "specdec.optimize": set(),
     "specdec.cache": set(),
     "specdec.tree": set(),
@@ -88,6 +91,7 @@ SELF_CONTAINED = {
     "specdec.train",
     "specdec.heads",
     "specdec.grow",
+    "specdec.lengths",
     "specdec.demo",
 }
 """Packages whose modules may import each other. Not specdec.drafters: one drafter does not build on another."""

@@ -180,7 +180,7 @@ def _message(entry: Any, number: int) -> Message:
     content = given.setdefault("content", "" if role == "assistant" else None)
     if not isinstance(content, str | list) or (role == "user" and not content):
         raise BadData(f"message {number} ({role}) has the content {shown(content)}, expected text")
-    if role == "assistant" and not content and not given.get("tool_calls"):
+    if role == "assistant" and not any(given.get(said) for said in ("content", "tool_calls", "reasoning_content")):
         raise BadData(f"message {number} is an empty answer")
     return given
 
