@@ -29,7 +29,7 @@ DRAFTING = {"specdec.drafter", "specdec.costs.table", "specdec.grow", "specdec.l
 DRAFTING |= {"specdec.bottom", "specdec.pending"}
 STEPS = {"specdec.drafter", "specdec.emitter", "specdec.acceptance", "specdec.verifier", "specdec.stats", *MODELS}
 LIBRARY = {"specdec.api", "specdec.decode", "specdec.drafters", "specdec.heads", "specdec.formats", "specdec.demo"}
-LIBRARY |= {"specdec.environment", *STEPS, *DRAFTING}
+LIBRARY |= {"specdec.environment", "specdec.json_lines", *STEPS, *DRAFTING}
 
 # The longest matching prefix of a module's name wins ("specdec" stands for specdec/__init__.py alone); the value is
 # what it may import from this project, submodules included. Lower rows know nothing of higher ones.
