@@ -9,6 +9,7 @@ path/to/model:depth=4,budget=12   a draft model
 path/to/drafter                   a directory with drafter.json
 suffix:min_match=5+NAME           a text match where there is one, any of the above elsewhere
 path/to/heads:budget=30           a draft head in any format of specdec.formats
+path/to/model:length=adaedl       any of the above under a length policy of specdec.lengths
 """
 
 from __future__ import annotations
@@ -16,23 +17,26 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec import formats
 from specdec.demo import draft_path
 from specdec.drafter import Drafter
 from specdec.drafters.block import BlockDrafter
-from specdec.drafters.directory import check_fingerprint, read_drafter_json
+from specdec.drafters.directory import DrafterJson, check_fingerprint, read_drafter_json
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
 from specdec.drafters.head import head_for
 from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.kangaroo import KangarooDrafter
+from specdec.drafters.limited import LimitedDrafter
 from specdec.drafters.lookup import LookupDrafter
 from specdec.drafters.measured import MeasuredDrafter
 from specdec.drafters.medusa import MedusaDrafter
@@ -40,6 +44,9 @@ from specdec.drafters.recycling import RecyclingDrafter
 from specdec.drafters.sequential import SequentialDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.errors import DrafterMismatch, UnknownDrafter
+from specdec.lengths.acceptance_head import FILE as ACCEPTANCE_HEAD
+from specdec.lengths.named import LENGTHS, options_of
+from specdec.lengths.policy import LengthPolicy
 from specdec.optimize import is_packed, optimize
 from specdec.probe import target_of
 from specdec.vocabulary import check_vocabulary, vocab_size
@@ -102,7 +109,8 @@ def load_drafter(spec: Drafter | PreTrainedModel | str | Path | None, model: Pre
         return HybridDrafter(first, second)
     name, options = parse_spec(str(spec))
     if name in WORDS:
-        return _from_word(name, options, model)
+        options, length = _split_length(options)
+        return _limited(_from_word(name, options, model), length)
     return _from_path(Path(name).expanduser(), options, model)
 
 
@@ -139,7 +147,7 @@ def check_fits(drafter: Drafter, model: PreTrainedModel) -> None:
     if isinstance(drafter, HybridDrafter):
         check_fits(drafter.first, model)
         check_fits(drafter.second, model)
-    if isinstance(drafter, MeasuredDrafter):
+    if isinstance(drafter, MeasuredDrafter | LimitedDrafter):
         check_fits(drafter.drafter, model)
     vocabulary = vocab_size(model)
     if isinstance(drafter, EarlyExitDrafter) and drafter.target.model is not model:
@@ -173,20 +181,51 @@ def _from_path(path: Path, options: dict[str, str], model: PreTrainedModel) -> D
     if (path / "drafter.json").is_file():
         described = read_drafter_json(path)
         check_fingerprint(described, path, model)
-        options = {**described.options, **options}
-        if described.head is not None:
-            return _head_drafter(path, options, model)
-        if described.kind in WORDS:
-            return _from_word(described.kind, options, model)
-        if described.kind != "draft-model":
-            words = ", ".join(["draft-model", *sorted(WORDS), *(f"{kind} with 'head'" for kind in HEAD_DRAFTERS)])
-            raise UnknownDrafter(f"{path / 'drafter.json'} is of kind {described.kind!r}; known kinds are {words}")
-    elif formats.detect(path) is not None:
-        return _head_drafter(path, options, model)
-    elif not (path / "config.json").is_file():
+        if options.get("length", described.options.get("length")) != described.options.get("length"):
+            described = replace(described, options=_split_length(described.options)[0])  # another one's options
+        options, length = _split_length({**described.options, **options}, path)
+        return _limited(_from_described(path, described, options, model), length)
+    options, length = _split_length(options, path)
+    if formats.detect(path) is not None:
+        return _limited(_head_drafter(path, options, model), length)
+    if not (path / "config.json").is_file():
         raise UnknownDrafter(f"{path} holds neither drafter.json nor a model's config.json, and no draft head")
     values = typed_options("draft-model", DraftModelDrafter, options)
+    return _limited(_draft_model(draft_for(path, model), model, values), length)
+
+
+def _from_described(path: Path, described: DrafterJson, options: dict[str, str], model: PreTrainedModel) -> Drafter:
+    if described.head is not None:
+        return _head_drafter(path, options, model)
+    if described.kind in WORDS:
+        return _from_word(described.kind, options, model)
+    if described.kind != "draft-model":
+        words = ", ".join(["draft-model", *sorted(WORDS), *(f"{kind} with 'head'" for kind in HEAD_DRAFTERS)])
+        raise UnknownDrafter(f"{path / 'drafter.json'} is of kind {described.kind!r}; known kinds are {words}")
+    values = typed_options("draft-model", DraftModelDrafter, options)
     return _draft_model(draft_for(path, model), model, values)
+
+
+def _split_length(options: dict[str, str], path: Path | None = None) -> tuple[dict[str, str], LengthPolicy | None]:
+    """The drafter's own options, and the length policy that the others describe; the drafter lies in `path`."""
+    options = dict(options)
+    word = options.pop("length", "none")
+    if word == "none":
+        return options, None
+    if word not in LENGTHS:
+        raise UnknownDrafter(f"there is no length {word!r}; the ones there are: none, {', '.join(LENGTHS)}")
+    given = {key: options.pop(key) for key in options_of(word) if key in options}
+    if path is not None and word == "acceptance" and (path / ACCEPTANCE_HEAD).is_file():
+        given.setdefault("head", str(path / ACCEPTANCE_HEAD))
+    others = {key for other in LENGTHS for key in options_of(other)} - set(options_of(word))
+    for key in options:
+        if key in others:
+            raise UnknownDrafter(f"length={word} has no option {key!r}; it has: {', '.join(options_of(word)) or 'none'}")
+    return options, LENGTHS[word](**typed_options(f"length={word}", LENGTHS[word], given))
+
+
+def _limited(drafter: Drafter, length: LengthPolicy | None) -> Drafter:
+    return drafter if length is None else LimitedDrafter(drafter, length)
 
 
 def _head_drafter(path: Path, options: dict[str, str], model: PreTrainedModel) -> Drafter:
@@ -216,8 +255,13 @@ def draft_for(path: Path, target: PreTrainedModel) -> PreTrainedModel:
     return kept[key]
 
 
-def load_model(path: Path, target: PreTrainedModel) -> PreTrainedModel:
-    """A local causal language model in evaluation mode, on the target's device and in its dtype; nothing is downloaded.
+def load_model(path: Path, target: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A local causal language model in evaluation mode on the target's device; nothing is downloaded.
+
+    Args:
+        path: a model's directory.
+        target: says the device.
+        dtype: None for the target's.
 
     Raises:
         UnknownDrafter: the files are not a model that transformers can load.
@@ -226,7 +270,7 @@ def load_model(path: Path, target: PreTrainedModel) -> PreTrainedModel:
         model, report = cast(
             tuple[PreTrainedModel, dict[str, Any]],
             AutoModelForCausalLM.from_pretrained(
-                path, dtype=target.dtype, local_files_only=True, output_loading_info=True
+                path, dtype=dtype or target.dtype, local_files_only=True, output_loading_info=True
             ),
         )
     except Exception as error:

@@ -15,7 +15,7 @@ Dimensions: B rows, F nodes of a frontier, C columns, N nodes of the tree, V voc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ class Level:
     """The nodes of one frontier, all on the host.
 
     Attributes:
-        depth: of the nodes; 0 for the root.
+        depths: [B, F] of the nodes; 0 for the root and for padding.
+        parents: [B, F], each node's parent as a place in the frontier above; 0 for the root.
         live: bool [B, F]; False for padding, at which the other values mean nothing.
         shares: [B, F], the draft probability of each node's token; 1 for the root.
         paths: [B, F], the product of these along each node's path.
@@ -42,12 +43,18 @@ class Level:
         below: the same of the laws of their children; None before the draft model has run the nodes.
     """
 
-    depth: int
+    depths: Tensor
+    parents: Tensor
     live: Tensor
     shares: Tensor
     paths: Tensor
     above: Tensor
     below: Tensor | None = None
+
+    @property
+    def depth(self) -> int:
+        """Of the deepest node."""
+        return int(self.depths.max())
 
 
 class StoppingRule:
@@ -109,22 +116,22 @@ class Watch:
         if logits is None:
             return None
         self._keep(logits, level.paths)
-        level = Level(level.depth, level.live, level.shares, level.paths, level.above, self._traits[-1])
+        level = replace(level, below=self._traits[-1])
         return logits if self._goes_on(level, self._rule.after(level)) else None
 
     def _level(self, frontier: Frontier) -> Level:
-        depth = int(frontier.depths.max())
         if not self._num_columns:
             ones = torch.ones(frontier.tokens.shape)
             sure = torch.tensor([0.0, 1.0, 0.0]).expand(*ones.shape, 3)
-            return Level(0, ones.bool(), ones, ones, sure)
+            return Level(frontier.depths, torch.zeros_like(frontier.depths), ones.bool(), ones, ones, sure)
         live = frontier.parents != NO_NODE
         log_q, first = self._log_q[-1], self._num_columns - self._log_q[-1].shape[1]
         at = (frontier.parents - first).clamp(min=0)  # growth goes level by level: parents are in the last frontier
         rows = torch.arange(at.shape[0])[:, None]
         tokens = frontier.tokens.to(log_q.device).clamp(max=log_q.shape[2] - 1)  # padding may hold anything
         shares = log_q[rows.to(log_q.device), at.to(log_q.device), tokens].exp().cpu()
-        return Level(depth, live, shares, shares * self._paths[-1][rows, at], self._traits[-1][rows, at])
+        paths = shares * self._paths[-1][rows, at]
+        return Level(frontier.depths, at, live, shares, paths, self._traits[-1][rows, at])
 
     def _keep(self, logits: Tensor, paths: Tensor) -> None:
         law = self._law(logits)
@@ -148,7 +155,7 @@ class Watch:
         return any(stopped is None for stopped in self.depths)
 
     def tokens_of(self, grown: Grown) -> Level:
-        """Every node of a tree that was grown under this watch, as one level [B, N]; `depth` is that of the tree."""
+        """Every node of a tree that was grown under this watch [B, N]; parents are nodes of the tree."""
         tree = grown.tree
         parents = torch.tensor([shape.parents for shape in tree.shapes])
         columns = torch.tensor(grown.columns)
@@ -159,7 +166,7 @@ class Watch:
         shares = log_q[rows.to(log_q.device), at.to(log_q.device), tree.tokens.to(log_q.device)].exp().cpu()
         above = torch.cat(self._traits, 1)[rows, at]
         paths = torch.cat([part.to(shares.dtype) for part in self._paths], 1)[rows, at] * shares
-        return Level(tree.depth, live, shares, paths, above)
+        return Level(tree.depths(), parents.clamp(min=0), live, shares, paths, above)
 
 
 def law_of_tokens(children: Children, params: SamplingParams) -> Callable[[Tensor], Tensor]:
