@@ -14,11 +14,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from specdec.errors import SpecdecError
 
@@ -245,6 +246,7 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions.
 
     `keys_and_values` and `attend` are separate for heads whose keys come from elsewhere than their queries.
+    `recomputed` as in MLP.
 
     Args:
         config: sizes.
@@ -255,6 +257,7 @@ class Attention(nn.Module):
     def __init__(self, config: LayerConfig, layer_index: int, input_size: int | None = None) -> None:
         super().__init__()
         size, width = config.head_dim, input_size or config.hidden_size
+        self.recomputed = False
         self.head_dim, self.layer_index = size, layer_index
         self.q_proj = nn.Linear(width, config.num_attention_heads * size, bias=config.attention_bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * size, bias=config.attention_bias)
@@ -285,11 +288,18 @@ class Attention(nn.Module):
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Queries [B, H, Q, E] over keys and values [B, G, C, E] -> [B, Q, D]."""
-        mixed = _grouped_attention(queries, keys, values, mask)
+        mixed = _perhaps_recomputed(self, _grouped_attention, queries, keys, values, mask)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def _by_head(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _perhaps_recomputed(module: Any, compute: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """What `compute` gives; in training, where the module says so, without keeping what happens in between."""
+    if module.recomputed and module.training and torch.is_grad_enabled():
+        return cast(Tensor, checkpoint(compute, *inputs, use_reentrant=False))
+    return compute(*inputs)
 
 
 def rotate(states: Tensor, cos_sin: CosSin) -> Tensor:
@@ -327,7 +337,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)).
+    """down(act(gate(x)) * up(x)). With `recomputed` its inner states are computed again in the backward pass.
 
     Raises:
         SpecdecError: an activation that is not known.
@@ -340,12 +350,16 @@ class MLP(nn.Module):
                 f"draft heads know the activations {', '.join(_ACTIVATIONS)}, got hidden_act={config.hidden_act!r}"
             )
         self.activation = _ACTIVATIONS[config.hidden_act]
+        self.recomputed = False
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
+        return _perhaps_recomputed(self, self._gated, states)
+
+    def _gated(self, states: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.gate_proj(states)) * self.up_proj(states))
 
 

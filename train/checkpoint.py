@@ -90,6 +90,20 @@ class Checkpoints:
             if best is None or path.resolve() != best:
                 shutil.rmtree(path)
 
+    def offer(self) -> Path | None:
+        """Let `drafter` lead to the best drafter, to the newest one where none was measured; None without any.
+
+        Once there is a best checkpoint the link goes through `best`, so that it follows by itself.
+        """
+        name = "best" if self.best() else "latest"
+        if not (self.folder / name).exists():
+            return None
+        fresh = self.folder / f"{_UNFINISHED}drafter"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(f"{name}/drafter")
+        os.replace(fresh, self.folder / "drafter")
+        return self.folder / "drafter"
+
     def clear_unfinished(self) -> None:
         """Remove what a killed save left."""
         for path in self.folder.glob(f"{_UNFINISHED}*"):
@@ -120,6 +134,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
         raise BadCheckpoint(f"{checkpoint / STATE} is no checkpoint state: it has no step")
     return state
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{_UNFINISHED}{file.name}")
+    with unfinished.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+    os.replace(unfinished, file)
 
 
 def flush(folder: Path) -> None:

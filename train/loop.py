@@ -9,6 +9,7 @@ neither survives being killed.
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,14 +21,16 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from specdec.errors import BadCheckpoint, BadRecipe
-from specdec.train.batch import TrainBatch
+from specdec.train.batch import PADDING, TrainBatch
 from specdec.train.checkpoint import Checkpoints, read_state
 from specdec.train.objective import Objective, Term
 from specdec.train.order import derived_seed
+from specdec.train.processes import accelerator_for
 from specdec.train.schedule import Form, Schedule
 from specdec.train.trainable import Trainable
 
@@ -84,6 +87,15 @@ class LoopSettings:
                 f"{self.rows_per_step} rows per step cannot be shared by {processes} processes "
                 f"with {self.rows_at_once} rows at once; make it a multiple of {self.rows_at_once * processes}"
             )
+        if not self.learning_rate > 0:
+            raise BadRecipe(f"the learning rate is positive, got {self.learning_rate:g}")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.weight_decay >= 0 and self.clip >= 0):
+            raise BadRecipe(
+                f"betas lie in [0, 1), weight decay and clip are not negative, got {self.beta1:g}, {self.beta2:g}, "
+                f"{self.weight_decay:g} and {self.clip:g}"
+            )
+        if min(self.save_every, self.evaluate_every) < 0 or self.keep < 1:
+            raise BadRecipe("save_every and evaluate_every are 0 or more steps, keep is 1 or more")
 
 
 @dataclass
@@ -94,6 +106,7 @@ class StepReport:
         step: finished steps, this one included.
         loss: weighted sum of all terms over supervised tokens.
         supervised: tokens that the loss was divided by.
+        tokens: all tokens of the step's rows, without padding.
         terms: mean loss of each term by name.
         alpha: mean acceptance sum min(p, q) by depth, on the data's own prefixes.
         agreement: share of positions where the most probable tokens agree, by depth.
@@ -110,6 +123,7 @@ class StepReport:
     gradient_norm: float = 0.0
     learning_rate: float = 0.0
     seconds: float = 0.0
+    tokens: int = 0
 
 
 @dataclass
@@ -163,7 +177,7 @@ class Loop:
         report: Callable[[StepReport | Score], None] = lambda _report: None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        self.accelerator = accelerator or Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
+        self.accelerator = accelerator or accelerator_for(bf16=settings.bf16)
         settings.check(self.accelerator.num_processes)
         self.trainable, self.source, self.features = trainable, source, features
         self.objective, self.settings = objective, settings
@@ -179,6 +193,7 @@ class Loop:
         }
         self.step = 0
         self.best = -math.inf
+        self._restored = False
         self._stopping = False
         groups = parameter_groups(trainable.module, settings.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2))
@@ -192,17 +207,37 @@ class Loop:
         Raises:
             BadCheckpoint: the folder holds another run's checkpoints.
             BadRecipe: the loss is no number any more; the last checkpoint is whole.
+            OSError: a checkpoint cannot be written; earlier ones are whole.
         """
-        if resume:
-            self._resume()
-        elif self.checkpoints.all():
-            raise BadCheckpoint(f"{self.checkpoints.folder} holds checkpoints already; resume, or choose another --out")
+        self.restore(resume=resume)
         with self._signals():
             while self.step < self.settings.steps and not self._stopping:
                 self.report_here(self._train_step())
                 self.step += 1
                 self._stopping = self._anybody(self._stopping)
                 self._validate_and_save()
+        return self.step
+
+    def restore(self, *, resume: bool = True) -> int:
+        """Take up the newest checkpoint, once; `run` does so where nobody has.
+
+        Args:
+            resume: False wants a folder without checkpoints.
+
+        Returns:
+            the number of finished steps.
+
+        Raises:
+            BadCheckpoint: another run's or damaged checkpoints; or some that shall not be taken up.
+        """
+        if not self._restored:
+            if resume:
+                self._resume()
+            elif self.checkpoints.all():
+                raise BadCheckpoint(
+                    f"{self.checkpoints.folder} holds checkpoints already; resume, or choose another --out"
+                )
+        self._restored = True
         return self.step
 
     def report_here(self, report: StepReport | Score) -> None:
@@ -214,7 +249,8 @@ class Loop:
         started = time.perf_counter()
         self.trainable.module.train()
         batches = list(self._batches())
-        supervised = int(self._sum(torch.tensor([float(sum(batch.num_supervised for batch in batches))]))[0])
+        counts = [(batch.num_supervised, int((batch.documents != PADDING).sum())) for batch in batches]
+        supervised, tokens = (int(count) for count in self._sum(torch.tensor(counts).sum(0)))
         if not supervised:
             raise BadRecipe(f"step {self.step + 1} has no supervised token; check the data's loss mask")
         totals = _Totals()
@@ -235,6 +271,7 @@ class Loop:
             )
         report.learning_rate = self.settings.learning_rate * self.schedule(self.step)
         report.gradient_norm = self._update(report.learning_rate)
+        report.tokens = tokens
         report.seconds = time.perf_counter() - started
         return report
 
@@ -299,11 +336,18 @@ class Loop:
                 "best": self.best if math.isfinite(self.best) else None,
                 "score": asdict(score) if score is not None else None,
             }
-            path = self.checkpoints.save(self.step, self._write, state)
+            path = self._written(state)
             if better:
                 self.checkpoints.link("best", path)
                 self.checkpoints.rotate()
+            self.checkpoints.offer()
         self.accelerator.wait_for_everyone()
+
+    def _written(self, state: dict[str, Any]) -> Path:
+        try:
+            return self.checkpoints.save(self.step, self._write, state)
+        except (OSError, SafetensorError, RuntimeError) as error:  # of the file system, safetensors and torch.save
+            raise OSError(unwritten(self.checkpoints, self.step, error)) from error
 
     def _write(self, folder: Path) -> None:
         """The drafter, ready to be used, in `drafter/`; all that resuming needs beside it."""
@@ -399,6 +443,18 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     matrices, vectors = [p for p in learning if p.ndim > 1], [p for p in learning if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def unwritten(checkpoints: Checkpoints, step: int, error: Exception) -> str:
+    """What to say when a checkpoint cannot be written."""
+    latest = checkpoints.latest()
+    kept = f"{latest.name} is whole" if latest else "nothing was saved before"
+    reason = " ".join(str(error).split())[:160]
+    free = shutil.disk_usage(checkpoints.folder).free if checkpoints.folder.is_dir() else 0
+    return (
+        f"the checkpoint of step {step} cannot be written to {checkpoints.folder} ({reason}; {free / 1e6:.0f} MB free)"
+        f"; {kept}. Make room and run the same command again: it goes on from there"
+    )
 
 
 def check_identity(saved: dict[str, Any], ours: dict[str, Any], checkpoint: Path) -> None:

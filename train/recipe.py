@@ -13,8 +13,9 @@ row_length = 512
 
 from __future__ import annotations
 
+import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +52,9 @@ class DataSettings:
             raise BadRecipe("validation needs 0 or more prompts, 1 or more tokens, and no negative temperature")
 
 
+SECTIONS = ("loop", "objective", "data", "head")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides what is learned, but the data.
@@ -59,6 +63,7 @@ class Recipe:
         kind: what is trained.
         loop, objective, data: settings.
         head: keyword arguments of the kind's Training class.
+        given: "section.name" of every setting that somebody chose; the others may be fitted to the run.
     """
 
     kind: str
@@ -66,6 +71,7 @@ class Recipe:
     objective: Objective = field(default_factory=Objective)
     data: DataSettings = field(default_factory=DataSettings)
     head: dict[str, Any] = field(default_factory=dict)
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def changed(self, values: Mapping[str, Any]) -> Recipe:
         """With the sections of a TOML file, or of the same shape, laid over.
@@ -73,14 +79,14 @@ class Recipe:
         Raises:
             BadRecipe: names the unknown section or field, or the value of a wrong type.
         """
-        unknown = set(values) - {"kind", "loop", "objective", "data", "head"}
+        unknown = set(values) - {"kind", *SECTIONS}
         if unknown:
             raise BadRecipe(
                 f"a recipe has the sections loop, objective, data and head, got {', '.join(sorted(unknown))}"
             )
         if values.get("kind", self.kind) != self.kind:
-            raise BadRecipe(f"the recipe is for {values['kind']!r}, the command trains {self.kind!r}")
-        for name in ("loop", "objective", "data", "head"):
+            raise BadRecipe(f"the recipe is for {values['kind']!r}, got the kind {self.kind!r}")
+        for name in SECTIONS:
             if not isinstance(values.get(name, {}), Mapping):
                 raise BadRecipe(f"[{name}] of a recipe is a section, got {values[name]!r}")
         return replace(
@@ -88,25 +94,66 @@ class Recipe:
             loop=laid_over(self.loop, values.get("loop", {}), "loop"),
             objective=laid_over(self.objective, values.get("objective", {}), "objective"),
             data=laid_over(self.data, values.get("data", {}), "data"),
-            head={**self.head, **values.get("head", {})},
+            head=merged(self.head, values.get("head", {})),
+            given=self.given | {f"{section}.{name}" for section in SECTIONS for name in values.get(section, {})},
         )
 
+    def fitted(self, processes: int = 1, max_positions: int | None = None) -> Recipe:
+        """With defaults that suit the run; what somebody chose stays, and is refused where it cannot work.
+
+        A short run warms up for a tenth of its steps at most. Rows at once divide among the processes. Rows are no
+        longer than the target's positions.
+
+        Args:
+            processes: that share a step's rows.
+            max_positions: of the target; None for no limit.
+
+        Raises:
+            BadRecipe: chosen settings that do not fit.
+        """
+        loop, data = self.loop, self.data
+        if "loop.warmup" not in self.given:
+            loop = replace(loop, warmup=min(loop.warmup, loop.steps // 10))
+        if "loop.rows_at_once" not in self.given:
+            loop = replace(loop, rows_at_once=_rows_at_once(loop, processes))
+        if max_positions is not None and data.row_length > max_positions:
+            if "data.row_length" in self.given:
+                raise BadRecipe(
+                    f"rows of {data.row_length} tokens are longer than the target's {max_positions} positions"
+                )
+            data = replace(data, row_length=max_positions)
+        loop.check(processes)
+        return replace(self, loop=loop, data=data)
+
+    def as_given(self, given: frozenset[str]) -> Recipe:
+        """With another notion of what somebody chose."""
+        return replace(self, given=given)
+
     def resolved(self) -> dict[str, Any]:
-        """Every setting, for the file that is written beside the checkpoints."""
-        return asdict(self)
+        """Every setting, for the file that is written beside the checkpoints; `of_resolved` reads it."""
+        return {"kind": self.kind, **{name: _plain(getattr(self, name)) for name in SECTIONS}}
+
+    @staticmethod
+    def of_resolved(values: Mapping[str, Any]) -> Recipe:
+        """The recipe that `resolved` describes."""
+        return recipe_for(values["kind"]).changed(values)
+
+
+def _loop(learning_rate: float, **values: Any) -> LoopSettings:
+    """What the defaults of all kinds have in common: a run that is killed loses little, and shows how it gets on."""
+    common: dict[str, Any] = {"warmup": 40, "save_every": 100, "evaluate_every": 400}
+    return LoopSettings(2000, learning_rate=learning_rate, **{**common, **values})
 
 
 DEFAULTS: dict[str, Recipe] = {
-    "medusa": Recipe("medusa", LoopSettings(2000, learning_rate=1e-3, warmup=40), Objective(decay=0.8)),
-    "hydra": Recipe("hydra", LoopSettings(2000, learning_rate=5e-4, warmup=40), Objective(decay=0.9)),
-    "hydra++": Recipe(
-        "hydra++", LoopSettings(2000, learning_rate=5e-4, warmup=40), Objective(decay=0.9), head={"num_layers": 4}
-    ),
-    "clover": Recipe("clover", LoopSettings(2000, learning_rate=1e-3, warmup=40), Objective(decay=0.7)),
-    "mlp-speculator": Recipe("mlp-speculator", LoopSettings(2000, learning_rate=1e-3, warmup=100), Objective("ce")),
-    "eagle": Recipe("eagle", LoopSettings(2000, learning_rate=5e-4, warmup=40, clip=0.5)),
-    "eagle3": Recipe("eagle3", LoopSettings(2000, learning_rate=5e-4, warmup=40, clip=0.5), Objective(decay=0.8)),
-    "kangaroo": Recipe("kangaroo", LoopSettings(2000, learning_rate=1e-3, warmup=40)),
+    "medusa": Recipe("medusa", _loop(1e-3), Objective(decay=0.8)),
+    "hydra": Recipe("hydra", _loop(5e-4), Objective(decay=0.9)),
+    "hydra++": Recipe("hydra++", _loop(5e-4), Objective(decay=0.9), head={"num_layers": 4}),
+    "clover": Recipe("clover", _loop(1e-3), Objective(decay=0.7)),
+    "mlp-speculator": Recipe("mlp-speculator", _loop(1e-3, warmup=100), Objective("ce")),
+    "eagle": Recipe("eagle", _loop(5e-4, clip=0.5)),
+    "eagle3": Recipe("eagle3", _loop(5e-4, clip=0.5), Objective(decay=0.8)),
+    "kangaroo": Recipe("kangaroo", _loop(1e-3)),
 }
 """Learning rates and weights by depth are the published ones where there are any (docs/training.md says which)."""
 
@@ -146,5 +193,58 @@ def laid_over(settings: Settings, values: Mapping[str, Any], section: str) -> Se
         number = type(present) is float and type(value) is int
         if type(value) is not type(present) and not number:
             raise BadRecipe(f"[{section}] {name} is of type {type(present).__name__}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadRecipe(f"[{section}] {name} is a number, got {value!r}")
         changes[name] = float(value) if number else value
     return replace(settings, **changes)  # type: ignore[type-var]
+
+
+def parsed_settings(assignments: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """`section.name=value` as sections; a value is written as in TOML, and what is no TOML is text.
+
+    Raises:
+        BadRecipe: not of this form, an unknown section, or a setting that is given twice.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        section, *names = (part.strip().replace("-", "_") for part in key.split("."))
+        if not equals or not text.strip() or not names or not all(names):
+            raise BadRecipe(f"got {assignment!r}, expected section.name=value such as loop.steps=500")
+        if section not in SECTIONS:
+            raise BadRecipe(f"no section {section!r} in {assignment!r}; there are {', '.join(SECTIONS)}")
+        place = sections.setdefault(section, {})
+        for name in names[:-1]:
+            place = place.setdefault(name, {})
+        if not isinstance(place, dict) or names[-1] in place:
+            raise BadRecipe(f"{key.strip()} is given twice")
+        place[names[-1]] = _value(text.strip())
+    return sections
+
+
+def merged(values: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries laid over each other."""
+    result = dict(values)
+    for name, value in over.items():
+        before = result.get(name)
+        result[name] = merged(before, value) if isinstance(before, dict) and isinstance(value, Mapping) else value
+    return result
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _rows_at_once(loop: LoopSettings, processes: int) -> int:
+    """The largest number up to the default that divides one process's share of a step."""
+    share, rest = divmod(loop.rows_per_step, processes)
+    if rest or share < 1:
+        return loop.rows_at_once  # no number of rows at once would do; `check` says so
+    return max(rows for rows in range(1, min(loop.rows_at_once, share) + 1) if share % rows == 0)
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    return dict(settings) if isinstance(settings, dict) else asdict(settings)

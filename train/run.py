@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedModel
 
+from specdec import formats
 from specdec.drafters.directory import fingerprint
-from specdec.errors import BadRecipe
+from specdec.drafters.head import head_for
+from specdec.drafters.load import HEAD_DRAFTERS, NOT_OPTIONS
+from specdec.environment import weights_sample
+from specdec.errors import BadCheckpoint, BadRecipe, SpecdecError
+from specdec.heads.layer import MLP, Attention
 from specdec.probe import target_of
 from specdec.target import Target
 from specdec.train.batch import Documents, TrainBatch
+from specdec.train.checkpoint import write_whole
 from specdec.train.evaluate import Evaluator
 from specdec.train.feature_cache import CachedData
 from specdec.train.features import TargetFeatures, check_packing
@@ -28,6 +37,7 @@ from specdec.train.kinds.medusa import MedusaTraining
 from specdec.train.kinds.sequential import CloverTraining, HydraTraining, MLPSpeculatorTraining
 from specdec.train.loop import Loop, Score, StepReport
 from specdec.train.order import Order, Piece
+from specdec.train.processes import accelerator_for
 from specdec.train.recipe import Recipe
 
 HEADS: dict[str, Callable[..., HeadTraining]] = {
@@ -52,11 +62,14 @@ def train_head(
     *,
     prompts: list[list[int]] | None = None,
     data_identity: dict[str, Any] | None = None,
+    begin_from: Path | None = None,
+    recompute: bool = False,
     report: Report = lambda _report: None,
+    restored: Callable[[Loop], None] = lambda _loop: None,
     resume: bool = True,
     accelerator: Accelerator | None = None,
 ) -> Loop:
-    """Train a draft head and leave checkpoints in `out`; `out/best/drafter` is the one to use.
+    """Train a draft head and leave checkpoints in `out`; `out/drafter` leads to the one to use.
 
     Args:
         recipe: settings, see `recipe_for`.
@@ -65,7 +78,10 @@ def train_head(
         out: directory of the run.
         prompts: held-out prompts to decode for validation; none means no validation.
         data_identity: says which data this is; a resumed run must agree.
+        begin_from: a draft head of this kind whose weights the first step begins with.
+        recompute: decoder layers of the head are run again in the backward pass instead of being remembered.
         report: hears of every step and validation.
+        restored: called once everything fits and the newest checkpoint is taken up, before the first step.
         resume: go on from the newest checkpoint in `out`.
         accelerator: of the process, when there are several.
 
@@ -75,14 +91,18 @@ def train_head(
     Raises:
         SpecdecError: settings, data or checkpoints that do not fit; says which.
     """
-    accelerator = accelerator or Accelerator(mixed_precision="bf16" if recipe.loop.bf16 else "no")
+    accelerator = accelerator or accelerator_for(bf16=recipe.loop.bf16)
     target = target_of(model)
+    recipe = recipe.fitted(accelerator.num_processes, target.max_positions)
     if recipe.data.packed:
         check_packing(target)
     torch.manual_seed(recipe.loop.seed)  # fresh weights are the same in every process and on every resume
-    training = make_training(recipe, target)
-    if isinstance(training, Eagle3Training):
+    training = make_training(recipe, target, begin_from)
+    if isinstance(training, Eagle3Training) and begin_from is None:
         training.choose_vocabulary(supervised_tokens(documents))
+    if recompute:
+        recompute_layers(training.module, recipe.kind)
+    check_drafts(training)
     loop = Loop(
         training,
         row_source(documents, recipe),
@@ -91,39 +111,125 @@ def train_head(
         recipe.loop,
         out,
         identity={
-            "target": fingerprint(model),
+            "target": {**fingerprint(model), "weights": weights_sample(model)},
             "head": recipe.head,
+            "begin": None if begin_from is None else weights_sample(training.module),
             "data": {"rows": recipe.data.row_length, "packed": recipe.data.packed, **(data_identity or {})},
         },
         evaluate=evaluator(model, prompts, recipe),
         report=report,
         accelerator=accelerator,
     )
+    loop.restore(resume=resume)
     if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "recipe.json").write_text(json.dumps(recipe.resolved(), indent=2) + "\n")
-    loop.run(resume=resume)
+        write_whole(out / "recipe.json", json.dumps(recipe.resolved(), indent=2) + "\n")
+    restored(loop)
+    loop.run()
     return loop
 
 
-def make_training(recipe: Recipe, target: Target) -> HeadTraining:
-    """The kind's Training object.
+def make_training(recipe: Recipe, target: Target, begin_from: Path | None = None) -> HeadTraining:
+    """The kind's Training object, with fresh weights or those of a draft head.
 
     Raises:
-        BadRecipe: an option that the kind does not have.
+        BadRecipe: an option that the kind does not have, or that does not fit.
+        BadCheckpoint, DrafterMismatch: no draft head of this kind for this target in `begin_from`.
     """
-    make = HEADS[recipe.kind]
-    known = _options_of(recipe.kind)
-    unknown = sorted(set(recipe.head) - known)
-    if unknown:
-        raise BadRecipe(f"[head] of {recipe.kind} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
-    return make(target, **recipe.head)
+    make, options = HEADS[recipe.kind], dict(recipe.head)
+    check_options(recipe.kind, options)
+    if begin_from is not None:
+        options = {name: value for name, value in options.items() if name in NOT_OF_THE_HEAD} | {
+            "head": _begun(recipe, target, begin_from)
+        }
+    try:
+        return make(target, **options)
+    except SpecdecError:
+        raise
+    except ValueError as error:  # of a configuration object
+        raise BadRecipe(f"[head] of {recipe.kind}: {error}") from error
 
 
-def _options_of(kind: str) -> set[str]:
+NOT_OF_THE_HEAD = {"options", "steps", "noise", "feature_weight", "law_weight"}
+"""[head] settings of training; all others decide what the head is, which a head that is there has decided already."""
+
+
+def _begun(recipe: Recipe, target: Target, path: Path) -> nn.Module:
+    shaping = sorted(name.removeprefix("head.") for name in recipe.given if name.startswith("head."))
+    if wrong := [name for name in shaping if name not in NOT_OF_THE_HEAD]:
+        raise BadRecipe(f"[head] {wrong[0]} cannot be chosen for a head that is there already ({path}); leave it out")
+    checkpoint = formats.read(path)
+    wanted = "hydra" if recipe.kind == "hydra++" else recipe.kind
+    if checkpoint.kind != wanted:
+        raise BadCheckpoint(f"{path} holds a {checkpoint.kind} head, the run trains {recipe.kind}")
+    _, head = head_for(path, target.model)
+    if recipe.kind.startswith("hydra") and (recipe.kind == "hydra++") != (cast(Any, head).config.prefix is not None):
+        other = "hydra" if recipe.kind == "hydra++" else "hydra++"
+        raise BadCheckpoint(f"{path} holds a {other} head, the run trains {recipe.kind}")
+    return copy.deepcopy(head).requires_grad_(True)
+
+
+def check_options(kind: str, options: dict[str, Any]) -> None:
+    """Hold [head] settings to the arguments of the kind's Training class.
+
+    Raises:
+        BadRecipe: an unknown one, or a value of another type.
+    """
     made = HydraTraining if kind == "hydra++" else HEADS[kind]
-    hidden = {"target", "head", *(("prefix",) if kind.startswith("hydra") else ())}
-    return set(inspect.signature(made).parameters) - hidden
+    hints = get_type_hints(cast(Any, made).__init__)
+    hidden = {"self", "target", "head", "return", *(("prefix",) if kind.startswith("hydra") else ())}
+    known = {name: hint for name, hint in hints.items() if name not in hidden}
+    for name, value in options.items():
+        if name not in known:
+            raise BadRecipe(f"[head] of {kind} has no option {name!r}; it has {', '.join(sorted(known))}")
+        if not _is_a(value, known[name]):
+            raise BadRecipe(f"[head] {name} is of type {_named(known[name])}, got {value!r}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a JSON value suits an annotation: int, float, bool, str, dict, Literal, or several of them."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_a(value, one) for one in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    kind = get_origin(hint) or hint
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def _named(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)).replace("typing.", "")
+
+
+def check_drafts(training: HeadTraining) -> None:
+    """Make the validation's drafter once, so that a wrong option is found before the first step.
+
+    Raises:
+        BadRecipe: names the option.
+    """
+    made = HEAD_DRAFTERS[training.kind]
+    known = [name for name in inspect.signature(made).parameters if name not in NOT_OPTIONS]
+    if unknown := sorted(set(training.options) - set(known)):
+        raise BadRecipe(
+            f"[head] options: drafter {training.kind} has no option {unknown[0]!r}; it has {', '.join(known)}"
+        )
+    try:
+        training.drafter()
+    except (TypeError, ValueError) as error:
+        raise BadRecipe(f"[head] options {training.options}: {error}") from error
+
+
+def recompute_layers(module: nn.Module, kind: str) -> None:
+    """Let attention and MLPs forget what happens inside them, and compute it again in the backward pass.
+
+    Raises:
+        BadRecipe: this kind has none.
+    """
+    parts = [part for part in module.modules() if isinstance(part, Attention | MLP)]
+    if not parts:
+        raise BadRecipe(f"{kind} has no decoder layer that could be recomputed; leave --gradient-checkpointing out")
+    for part in parts:
+        part.recomputed = True
 
 
 def row_source(documents: Documents, recipe: Recipe) -> Callable[[list[int]], TrainBatch]:

@@ -132,6 +132,7 @@ class Eagle3Training(HeadTraining):
         head: Eagle3Head | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
+        fresh = head is None
         if head is None:
             head = Eagle3Head(
                 Eagle3Config(
@@ -142,7 +143,8 @@ class Eagle3Training(HeadTraining):
         taps = head.config.taps or standard_taps(target.num_layers)
         super().__init__(target, head, tuple(BEFORE_NORM if tap == target.num_layers else tap for tap in taps), options)
         self.steps = steps
-        self._begin()
+        if fresh:
+            self._begin()
 
     @torch.no_grad()
     def _begin(self) -> None:

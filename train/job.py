@@ -1,0 +1,282 @@
+"""One training run as the command gives it: what to train on what, where to, and what is kept of it.
+
+OUT/recipe.json    every setting
+OUT/run.json       command, versions, commit and hardware of every start
+OUT/log.jsonl      every step and validation
+OUT/step-000123/   checkpoints; `latest` and `best` lead to two of them
+OUT/drafter        leads to the best drafter
+OUT/data           data that was prepared on the way
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import accelerate
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from specdec.environment import git_commit, hardware, now, versions
+from specdec.errors import BadData
+from specdec.probe import target_of
+from specdec.train.batch import Documents
+from specdec.train.checkpoint import read_state, write_whole
+from specdec.train.feature_cache import CachedData
+from specdec.train.loop import Loop, Score, StepReport
+from specdec.train.plan import checkpoint_bytes
+from specdec.train.prepare import held_out_prompts, open_prepared
+from specdec.train.prepared import PreparedData, check_tokenizer
+from specdec.train.recipe import Recipe
+from specdec.train.run import make_training, train_head
+from specdec.train.run_log import RunLog
+from specdec.train.tracking import begin_tracking, track
+from specdec.train.validation_prompts import fitting, read_prompts
+from specdec.vocabulary import vocab_size
+
+STEP, VALIDATION, FINISHED, NOTE = "step", "validation", "finished", "note"
+"""Events that a run reports, as JSON objects: {"event": "step", "step": 1, "loss": ...}."""
+
+Hear = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `specdec train` was told, as far as every process has to know it.
+
+    Attributes:
+        recipe: all settings.
+        target: name of the target, as on the command line.
+        data: prepared data.
+        out: directory of the run.
+        features: a cache of the target's states on this data.
+        prompts: held-out prompts; None for those of the data.
+        begin_from: a draft head to begin with.
+        fresh: refuse a directory with checkpoints.
+        recompute: gradient checkpointing.
+        report_to: trackers.
+        dtype, device, threads: of the target.
+        command: arguments of the command line, for the record.
+    """
+
+    recipe: Recipe
+    target: str
+    data: Path
+    out: Path
+    features: Path | None = None
+    prompts: Path | None = None
+    begin_from: Path | None = None
+    fresh: bool = False
+    recompute: bool = False
+    report_to: tuple[str, ...] = ()
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    command: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """For other processes; `of_json` reads it."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return json.dumps({**values, "recipe": self.recipe.resolved(), "given": sorted(self.recipe.given)})
+
+    @staticmethod
+    def of_json(text: str) -> Job:
+        """The job that `to_json` described."""
+        values = json.loads(text)
+        recipe, given = Recipe.of_resolved(values.pop("recipe")), frozenset(values.pop("given"))
+        for name in ("data", "out", "features", "prompts", "begin_from"):
+            values[name] = None if values[name] is None else Path(values[name])
+        values["report_to"], values["command"] = tuple(values["report_to"]), tuple(values["command"])
+        return Job(recipe=recipe.as_given(given), **values)
+
+
+def run_job(
+    job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, hear: Hear
+) -> None:
+    """Train, in this process or in this one of several.
+
+    Args:
+        job: what to do.
+        model: the target.
+        tokenizer: the target's, for prompts.
+        accelerator: of this process.
+        hear: on the main process, hears of every event.
+
+    Raises:
+        SpecdecError: settings, data or checkpoints that do not fit; says which.
+        OSError: something cannot be written.
+    """
+    recipe = job.recipe.fitted(accelerator.num_processes, target_of(model).max_positions)
+    data = open_prepared(job.data)
+    check_tokenizer(data.manifest, model)
+    reporter = Reporter(job, accelerator, hear)
+    loop = train_head(
+        recipe,
+        model,
+        documents_of(job, data, model, recipe),
+        job.out,
+        prompts=prompts_of(job, model, tokenizer, recipe, reporter),
+        data_identity={"sha256": data.manifest["sha256"]},
+        begin_from=job.begin_from,
+        recompute=job.recompute,
+        report=reporter,
+        restored=reporter.begin,
+        resume=not job.fresh,
+        accelerator=accelerator,
+    )
+    reporter.finish(loop)
+
+
+def documents_of(job: Job, data: PreparedData, model: PreTrainedModel, recipe: Recipe) -> Documents:
+    """The prepared data, with the target's states from a cache where there is one."""
+    if job.features is None:
+        return data
+    target = target_of(model)
+    training = make_training(recipe, target, job.begin_from)
+    return CachedData(
+        data,
+        job.features,
+        target,
+        training.taps,
+        row_length=recipe.data.row_length,
+        needs_logits=training.needs_logits,
+    )
+
+
+def prompts_of(
+    job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, reporter: Reporter
+) -> list[list[int]]:
+    """Held-out prompts that fit the target; none are announced, since nothing is measured then."""
+    if not recipe.data.validation_prompts:
+        return []
+    found = read_prompts(job.prompts, tokenizer, vocab_size(model)) if job.prompts else held_out_prompts(job.data)
+    fit = fitting(found, recipe.data.validation_tokens, target_of(model).max_positions)
+    if found and not fit:
+        raise BadData(
+            f"none of {len(found)} held-out prompts leaves room for {recipe.data.validation_tokens} new tokens in the "
+            "target's positions; choose fewer with --set data.validation_tokens, or other --prompts"
+        )
+    if not fit:
+        reporter.note("nothing was held out for validation, so no drafter is measured; give --prompts FILE")
+    return fit
+
+
+class Reporter:
+    """Turns what the loop reports into events, and keeps them.
+
+    Args:
+        job: whose run it is.
+        accelerator: of this process; only the main one reports.
+        hear: gets every event.
+    """
+
+    def __init__(self, job: Job, accelerator: Accelerator, hear: Hear) -> None:
+        self.job, self.accelerator, self.hear = job, accelerator, hear
+        self.log = RunLog(job.out / "log.jsonl")
+        self.step = 0
+
+    def begin(self, loop: Loop) -> None:
+        """Everything fits: write down under which circumstances the run starts, and see that there is room."""
+        self.step = loop.step
+        if not self.accelerator.is_main_process:
+            return
+        check_room(loop)
+        record_start(self.job, loop)
+        begin_tracking(self.accelerator, loop.identity | {"recipe": self.job.recipe.resolved()})
+        if loop.step:
+            self.note(f"going on after step {loop.step} of {loop.settings.steps}")
+
+    def note(self, text: str) -> None:
+        """Say something to the user that is no number."""
+        if self.accelerator.is_main_process:
+            self.hear({"event": NOTE, "text": text})
+
+    def __call__(self, report: StepReport | Score) -> None:
+        """Log and pass on a report of the loop; main process only."""
+        if isinstance(report, StepReport):
+            self.step = report.step
+        event = event_of(report, self.step)
+        self.log.write(event)
+        track(self.accelerator, event)
+        self.hear(event)
+
+    def finish(self, loop: Loop) -> None:
+        """Let OUT/drafter lead to the best drafter, and say which it is."""
+        if not self.accelerator.is_main_process:
+            return
+        if self.accelerator.log_with:
+            self.accelerator.end_training()
+        self.hear(finished_event(loop))
+
+
+def event_of(report: StepReport | Score, step: int) -> dict[str, Any]:
+    """A report as a JSON object; times and rates are rounded, losses are not."""
+    if isinstance(report, Score):
+        return {"event": VALIDATION, "step": step, "value": report.value, **report.details}
+    values = asdict(report)
+    rounded = {name: [round(number, 4) for number in values[name]] for name in ("alpha", "agreement")}
+    speed = report.tokens / report.seconds if report.seconds else 0.0
+    return {
+        "event": STEP, **values, **rounded,
+        "seconds": round(report.seconds, 4), "tokens_per_second": round(speed, 1), "time": now(),
+    }  # fmt: skip
+
+
+def finished_event(loop: Loop) -> dict[str, Any]:
+    """Where the run stands and which drafter is the one to use."""
+    checkpoints = loop.checkpoints
+    drafter = checkpoints.offer()
+    state = read_state(drafter.resolve().parent) if drafter else {}
+    score = state.get("score") or {}
+    return {
+        "event": FINISHED,
+        "step": loop.step,
+        "steps": loop.settings.steps,
+        "stopped": loop.step < loop.settings.steps,
+        "drafter": str(drafter) if drafter else None,
+        "drafter_step": state.get("step"),
+        "measured": checkpoints.best() is not None,
+        **{name: score.get("details", {}).get(name) for name in ("tau", "alpha", "expected_speedup")},
+    }
+
+
+def record_start(job: Job, loop: Loop) -> None:
+    """Add this start to OUT/run.json."""
+    file = job.out / "run.json"
+    try:
+        starts = json.loads(file.read_text())["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        starts = []
+    starts.append(
+        {
+            "started": now(),
+            "after_step": loop.step,
+            "command": list(job.command or sys.argv),
+            "versions": {**versions(), "accelerate": accelerate.__version__},
+            "git_commit": git_commit(),
+            "hardware": hardware(loop.accelerator.device),
+            "processes": loop.accelerator.num_processes,
+        }
+    )
+    write_whole(file, json.dumps({"target": job.target, "data": str(job.data), "starts": starts}, indent=2) + "\n")
+
+
+def check_room(loop: Loop) -> None:
+    """Refuse to begin where not even one checkpoint would fit.
+
+    Raises:
+        OSError: says how much is needed.
+    """
+    folder: Path = loop.checkpoints.folder
+    needed, free = checkpoint_bytes(loop.trainable), shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder} has {free / 1e6:.0f} MB free, one checkpoint takes {needed / 1e6:.0f} MB and "
+            f"{loop.checkpoints.keep + 2} may lie there at the same time; make room or choose another --out"
+        )

@@ -1,0 +1,84 @@
+"""What a run would do and need, before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from specdec.train.batch import Documents
+from specdec.train.kinds.head import HeadTraining
+from specdec.train.order import Order
+from specdec.train.recipe import Recipe
+from specdec.train.trainable import Trainable
+
+FP32, MOMENTS = 4, 2
+LOGITS_ALIVE = 6
+"""[M, V] tensors in fp32 that are alive at once for each depth, about: both logits and log-laws, and gradients."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of a run.
+
+    Attributes:
+        parameters, learning: of the drafter, and those of them that learn.
+        documents, tokens, rows: of one epoch.
+        tokens_per_step: at most, padding included.
+        steps_per_epoch, epochs: of the whole run.
+        target_bytes, drafter_bytes: in memory; the drafter's with gradients and moments.
+        activation_bytes: a rough estimate for the rows of one forward: the target's and the draft's logits.
+        checkpoint_bytes: of one checkpoint.
+        checkpoints: that may lie on the disk at the same time.
+    """
+
+    parameters: int
+    learning: int
+    documents: int
+    tokens: int
+    rows: int
+    tokens_per_step: int
+    steps_per_epoch: float
+    epochs: float
+    target_bytes: int
+    drafter_bytes: int
+    activation_bytes: int
+    checkpoint_bytes: int
+    checkpoints: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return dict(vars(self))
+
+
+def plan_run(recipe: Recipe, training: HeadTraining, documents: Documents) -> Plan:
+    """Count what this recipe needs on these documents."""
+    settings, data = recipe.loop, recipe.data
+    order = Order(documents.lengths, data.row_length, settings.seed, packed=data.packed)
+    rows = len(order.rows_of(0))
+    sizes = [parameter.numel() for parameter in training.module.parameters()]
+    learning = sum(p.numel() for p in training.module.parameters() if p.requires_grad)
+    positions = settings.rows_at_once * data.row_length
+    return Plan(
+        parameters=sum(sizes),
+        learning=learning,
+        documents=len(documents.lengths),
+        tokens=sum(documents.lengths),
+        rows=rows,
+        tokens_per_step=settings.rows_per_step * data.row_length,
+        steps_per_epoch=rows / settings.rows_per_step,
+        epochs=settings.steps * settings.rows_per_step / rows,
+        target_bytes=sum(p.numel() * p.element_size() for p in training.target.model.parameters()),
+        drafter_bytes=FP32 * (sum(sizes) + (1 + MOMENTS) * learning),
+        activation_bytes=FP32 * LOGITS_ALIVE * positions * training.target.vocab_size,
+        checkpoint_bytes=checkpoint_bytes(training),
+        checkpoints=settings.keep + 2,
+    )
+
+
+def checkpoint_bytes(trainable: Trainable) -> int:
+    """Bytes of one checkpoint: the drafter for use, the same in fp32, and two moments of what learns."""
+    stored = sum(value.numel() for value in trainable.module.state_dict().values())
+    learning = sum(p.numel() for p in trainable.module.parameters() if p.requires_grad)
+    target: Any = getattr(trainable, "target", None)
+    width = target.dtype.itemsize if target is not None else FP32
+    return stored * (width + FP32) + MOMENTS * FP32 * learning
