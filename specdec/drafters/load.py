@@ -7,6 +7,7 @@ early-exit:layer=2,depth=3        the target's own first layers
 demo-draft:depth=4,budget=12      the draft model that ships with specdec
 path/to/model:depth=4,budget=12   a draft model
 path/to/drafter                   a directory with drafter.json
+path/to/run                       the best drafter of a training run, which is in path/to/run/drafter
 suffix:min_match=5+NAME           a text match where there is one, any of the above elsewhere
 path/to/heads:budget=30           a draft head in any format of specdec.formats
 path/to/model:length=adaedl       any of the above under a length policy of specdec.lengths
@@ -178,6 +179,8 @@ def _from_path(path: Path, options: dict[str, str], model: PreTrainedModel) -> D
         hint = f"; did you mean {close[0]!r}?" if close else ""
         words = ", ".join(sorted(WORDS))
         raise UnknownDrafter(f"no drafter {str(path)!r}: neither a known word ({words}) nor an existing path{hint}")
+    if not (path / "drafter.json").is_file() and (path / "drafter").is_dir():  # of a training run: its best drafter
+        path = path / "drafter"
     if (path / "drafter.json").is_file():
         described = read_drafter_json(path)
         check_fingerprint(described, path, model)
