@@ -1,4 +1,4 @@
-"""The command line: `specdec demo | generate | bench | info | convert`.
+"""The command line: `specdec demo | generate | bench | data | train | info | convert`.
 
 Every command parses, calls the library and prints. Results go to stdout, notes and errors to stderr. Exit status: 0,
 1 for a failure, 2 for wrong usage (what can be seen from the command line alone), 130 after Ctrl-C.
@@ -13,9 +13,12 @@ import typer
 from specdec.cli.bench import app as bench
 from specdec.cli.console import Commands
 from specdec.cli.convert import convert
+from specdec.cli.data import app as data
 from specdec.cli.demo import demo
 from specdec.cli.generate import generate
 from specdec.cli.info import info
+from specdec.cli.train import train
+from specdec.cli.tune import tune
 from specdec.version import __version__
 
 app = typer.Typer(
@@ -30,6 +33,9 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(generate)
 app.add_typer(bench, name="bench", help="Compare drafters and baselines on the same questions, and report.")
+app.add_typer(data, name="data", help="Regenerate, prepare, preview and cache what drafters are trained on.")
+app.command()(tune)
+app.command()(train)
 app.command()(info)
 app.command()(convert)
 

@@ -11,9 +11,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -21,11 +19,11 @@ from specdec import optimize as optimized
 from specdec.bench import BenchRun, QuestionSet, Settings, load_questions, run_bench
 from specdec.bench.methods import PLAIN
 from specdec.bench.report import write_report
-from specdec.bench.runner import Progress as Tell
 from specdec.bench.summary import Summary, summarize, write_summary
 from specdec.cli.console import FAILURE, INTERRUPTED, note, out
 from specdec.cli.model import DEMO_MODELS, load_model, load_tokenizer
 from specdec.cli.options import DRAFTER_HELP, Device, Dtype, DtypeOption, Json, MaxNewTokens, Threads, within
+from specdec.cli.progress import progress
 
 DEMO_QUESTIONS, QUESTIONS = "demo-code", "six"
 
@@ -150,7 +148,7 @@ def bench(
     model, tokenizer = load_model(target, dtype, device), load_tokenizer(target)
     if use_optimized:
         optimized(model)
-    with _progress() as tell, _interruptible():
+    with progress() as tell, _interruptible():
         run = run_bench(
             model,
             tokenizer,
@@ -197,34 +195,6 @@ def report(
 def _questions(name: str, limit: int | None, categories: list[str] | None) -> QuestionSet:
     questions = load_questions(name)
     return questions.limited(limit, categories) if limit is not None or categories else questions
-
-
-@contextmanager
-def _progress() -> Iterator[Tell | None]:
-    """A bar on stderr with the time left, on a terminal. It is drawn between generations, never while one is timed."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-    )
-    bar = Progress(*columns, TimeRemainingColumn(), console=console, auto_refresh=False, transient=True)
-    task = bar.add_task("", total=None)
-
-    def tell(what: str, done: int, total: int) -> None:
-        bar.start()  # once; a run that is refused shows no bar
-        bar.update(task, description=escape(what), completed=done, total=total)
-        bar.refresh()
-
-    try:
-        yield tell
-    finally:
-        bar.stop()
 
 
 @contextmanager

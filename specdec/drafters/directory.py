@@ -84,7 +84,7 @@ def read_drafter_json(path: Path) -> DrafterJson:
     if not isinstance(raw["kind"], str) or not all(isinstance(value, dict) for value in objects.values()):
         raise UnknownDrafter(f"{file}: 'kind' is a string, {', '.join(map(repr, objects))} are objects")
     options = {key: str(value) for key, value in objects["options"].items()}
-    if "table" in options:  # beside this file, where it says no other place
+    if options.get("table", "none") != "none":  # beside this file, where it says no other place
         options["table"] = str(path / Path(options["table"]).expanduser())
     return DrafterJson(raw["kind"], options, objects["target"], raw.get("head"), objects["extra"])
 

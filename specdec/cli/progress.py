@@ -1,0 +1,41 @@
+"""A progress bar for commands that take a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Tell = Callable[[str, int, int], None]
+"""Called with what happens next, what is done, and all there is to do."""
+
+
+@contextmanager
+def progress() -> Iterator[Tell | None]:
+    """A bar on stderr with the time left, on a terminal. It is drawn between generations, never while one is timed."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+    )
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, auto_refresh=False, transient=True)
+    task = bar.add_task("", total=None)
+
+    def tell(what: str, done: int, total: int) -> None:
+        bar.start()  # once; a run that is refused shows no bar
+        bar.update(task, description=escape(what), completed=done, total=total)
+        bar.refresh()
+
+    try:
+        yield tell
+    finally:
+        bar.stop()

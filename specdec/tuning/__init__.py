@@ -1,0 +1,1 @@
+"""Chooses how much to propose: acceptance on the user's questions against costs, measured here or described."""
