@@ -157,7 +157,10 @@ def preview(
     path = Path(source).expanduser()
     if any((path / part / MANIFEST).is_file() for part in ("", "train")):
         data = open_prepared(path, "held-out" if held_out else "train")
-        loaded = load_tokenizer(tokenizer or str(data.manifest["tokenizer"]["name"]))
+        name = tokenizer or (data.manifest.get("tokenizer") or {}).get("name")
+        if not name:
+            raise SpecdecError(f"{path} does not say whose tokens it holds; give --tokenizer")
+        loaded = load_tokenizer(name)
         pieces = (data.piece(Piece(number, 0, length)) for number, length in enumerate(data.lengths[:rows]))
         documents: Iterator[Any] = ((piece.ids.tolist(), piece.supervised.tolist()) for piece in pieces)
     elif tokenizer is None:

@@ -22,8 +22,11 @@ from specdec.train import feature_cache
 from specdec.train.batch import TrainBatch
 from specdec.train.feature_cache import CachedData, FeaturePlan, plan_features, write_features
 from specdec.train.features import TargetFeatures, check_packing, stored_taps
+from specdec.train.loop import StepReport
 from specdec.train.order import Order, Piece
 from specdec.train.prepared import PreparedData, write_prepared
+from specdec.train.recipe import recipe_for
+from specdec.train.run import make_training, train_head
 from tests.families import FAMILIES, tiny_model
 from tests.tiny import VOCAB, make_target, perturbed, shared_target
 
@@ -71,6 +74,24 @@ def test_cached_and_in_process_features_agree_to_rounding(tmp_path: Path, packed
         for tap in taps:
             torch.testing.assert_close(from_cache.taps[tap][live], in_process.taps[tap][live], atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(losses(from_cache), losses(in_process), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["medusa", "eagle3"])
+def test_training_from_the_cache_has_the_losses_of_training_in_process(tmp_path: Path, kind: str):
+    model = shared_target()
+    target, data = target_of(model), prepared(tmp_path / "data")
+    small = {"steps": 4, "rows_per_step": 3, "rows_at_once": 3, "warmup": 0}
+    recipe = recipe_for(kind, loop=small, data={"row_length": ROW, "validation_prompts": 0})
+    training = make_training(recipe, target)
+    documents = cached(tmp_path / "cache", data, target, training.taps)
+    found: list[list[float]] = []
+    for name, texts in (("cached", documents), ("in process", data)):
+        reports: list[Any] = []
+        train_head(recipe, model, texts, tmp_path / name, report=reports.append)
+        found.append([report.loss for report in reports if isinstance(report, StepReport)])
+    assert len(found[0]) == 4
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0][0] != pytest.approx(found[0][-1], rel=1e-3), "something was learned, so the steps differ"
 
 
 def test_with_a_cache_no_layer_of_the_target_runs(tmp_path: Path):
