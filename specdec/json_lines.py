@@ -1,4 +1,4 @@
-"""Files of JSON lines that grow while a program runs and that nothing can tear.
+"""Files of JSON lines that grow while a program runs and that nothing can tear; and files that are whole or not there.
 
 An appended line is on the disk when `append` returns. A process that is killed loses at most the line it was writing:
 opening the file again cuts off a torn last line, and finds damage anywhere else.
@@ -90,3 +90,15 @@ class JsonLines:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file through a temporary neighbour, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    # Half a surrogate pair, as from a file's name, becomes its escape: UTF-8 has none, and JSON reads it back.
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from specdec.drafters.directory import fingerprint
 from specdec.errors import BadData
+from specdec.json_lines import write_text
 from specdec.target import BEFORE_NORM, Target
 from specdec.train.batch import Document, TrainBatch
 from specdec.train.features import TargetFeatures, stored_taps
@@ -188,7 +189,8 @@ def write_features(
 
 
 def _begin(plan: FeaturePlan, path: Path) -> None:
-    if path.exists() and any(path.iterdir()) and not (path / INDEX).is_file():
+    names = [entry.name for entry in path.iterdir()] if path.exists() else []
+    if INDEX not in names and [name for name in names if not name.startswith(".")]:
         raise BadData(f"{path} holds something else than cached features; choose another --out")
     path.mkdir(parents=True, exist_ok=True)
     for left in path.glob(".unfinished-*"):
@@ -201,11 +203,7 @@ def _begin(plan: FeaturePlan, path: Path) -> None:
                 f"{path} holds features of something else ({', '.join(differing)} differ); choose another --out"
             )
         return
-    fresh = path / f".unfinished-{INDEX}"
-    fresh.write_text(json.dumps(asdict(plan), indent=2) + "\n")
-    with fresh.open("rb") as file:
-        os.fsync(file.fileno())
-    fresh.replace(path / INDEX)
+    write_text(path / INDEX, json.dumps(asdict(plan), indent=2) + "\n")
 
 
 def _is_whole(file: Path, size: int) -> bool:

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from specdec.errors import BadData, SpecdecError
-from specdec.json_lines import JsonLines
+from specdec.json_lines import JsonLines, write_text
 from specdec.train.example import CUT, Message, messages_of, tools_of
 from specdec.train.order import derived_seed
 from specdec.train.source import SourceRow, shown
@@ -395,7 +395,7 @@ class _Book:
     def _check_settings(self, out: Path, settings: RegenerateSettings, there: bool) -> None:
         ours = json.loads(json.dumps(asdict(settings)))
         if self.settings_file.is_file():
-            before = json.loads(self.settings_file.read_text())
+            before = self._read_settings()
             differing = [f"{name} {ours[name]!r} (before: {before.get(name)!r})"
                          for name in ours if ours[name] != before.get(name)]  # fmt: skip
             if there and differing:
@@ -404,8 +404,15 @@ class _Book:
                 )
         elif there:
             raise SpecdecError(f"{out} exists and was not written by this command; choose another --out")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self.settings_file.write_text(json.dumps(ours, indent=2) + "\n")
+        write_text(self.settings_file, json.dumps(ours, indent=2) + "\n")
+
+    def _read_settings(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.settings_file.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise SpecdecError(
+                f"{self.settings_file} cannot be read ({error}); restore it, or another --out"
+            ) from error
 
     def keep(self, replay: _Replay) -> None:
         """Keep the newest answer of an unfinished conversation."""

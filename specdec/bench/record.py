@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypedDict, cast
 
 from specdec.errors import SpecdecError
+from specdec.json_lines import write_text
 
 RECORDS_FILE = "records.jsonl"
 
@@ -192,18 +193,6 @@ def write_json(path: Path, value: Any) -> None:
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Write a file of JSON lines so that it is there whole or not at all."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file through a temporary neighbour, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    # Half a surrogate pair, as from a file's name, becomes its escape: UTF-8 has none, and JSON reads it back.
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _line(record: Record) -> bytes:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specdec.bench.measured_run import read_run
-from specdec.bench.record import write_text
 from specdec.bench.report.comparison import comparison_document
 from specdec.bench.report.html import html
 from specdec.bench.report.markdown import markdown
 from specdec.bench.report.single import run_document
 from specdec.bench.summary import summary_of
 from specdec.errors import SpecdecError
+from specdec.json_lines import write_text
 
 MARKDOWN_FILE, HTML_FILE = "report.md", "report.html"
 
