@@ -98,7 +98,7 @@ SELF_CONTAINED = {
 }
 """Packages whose modules may import each other. Not specdec.drafters: one drafter does not build on another."""
 
-ABOVE_THE_CORE = ("specdec.__main__", "specdec.cli", "specdec.bench", "specdec.train")
+ABOVE_THE_CORE = ("specdec.__main__", "specdec.cli", "specdec.bench", "specdec.train", "specdec.tuning")
 
 
 def python_files(folder: str) -> Iterator[Path]:

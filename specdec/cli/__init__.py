@@ -17,6 +17,7 @@ from specdec.cli.data import app as data
 from specdec.cli.demo import demo
 from specdec.cli.generate import generate
 from specdec.cli.info import info
+from specdec.cli.simulate import simulate
 from specdec.cli.train import train
 from specdec.cli.tune import tune
 from specdec.version import __version__
@@ -35,6 +36,7 @@ app.command()(generate)
 app.add_typer(bench, name="bench", help="Compare drafters and baselines on the same questions, and report.")
 app.add_typer(data, name="data", help="Regenerate, prepare, preview and cache what drafters are trained on.")
 app.command()(tune)
+app.command()(simulate)
 app.command()(train)
 app.command()(info)
 app.command()(convert)
