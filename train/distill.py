@@ -1,0 +1,277 @@
+"""From a target, a draft model and data to a trained drafter directory: `specdec train draft-model`.
+
+[head]                 # DraftSettings
+draft = "path/to/small-model"
+keep_share = 0.4       # AdaSPEC's filter; a reference draft is distilled first
+[head.text]            # on_policy.TextShares
+fixed = 0.5
+draft = 0.5
+[head.writing]         # on_policy.Writing
+temperature = 1.0
+[head.cut]             # prune.Sizes
+num_layers = 4
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from specdec.drafters.directory import fingerprint
+from specdec.drafters.load import load_model
+from specdec.environment import weights_sample
+from specdec.errors import BadRecipe
+from specdec.probe import target_of
+from specdec.target import Target
+from specdec.train.batch import Documents, TrainBatch
+from specdec.train.checkpoint import write_whole
+from specdec.train.features import TargetFeatures, check_packing
+from specdec.train.importance import calibration_rows, cut_by_importance
+from specdec.train.kinds.draft_model import DraftModelTraining, save_model
+from specdec.train.loop import Loop, LoopSettings, Score, StepReport
+from specdec.train.on_policy import MixedSource, TextShares, Writing
+from specdec.train.order import Order
+from specdec.train.prepared import unfinished_folder
+from specdec.train.prune import Sizes
+from specdec.train.recipe import Recipe, laid_over
+from specdec.train.run import evaluator, row_source
+
+TARGET = "target"
+"""`draft` that means the target itself, which is then cut."""
+
+CALIBRATION_ROWS = 16
+
+DEFAULT_RECIPE = Recipe("draft-model", LoopSettings(2000, learning_rate=3e-4, warmup=40, save_every=100))
+"""DistillSpec's learning rate, without its length."""
+
+Report = Callable[[StepReport | Score], None]
+
+
+@dataclass(frozen=True)
+class DraftSettings:
+    """What the `[head]` section of a draft model's recipe says.
+
+    Attributes:
+        draft: directory of the model to begin with, or "target" for a model that is cut from the target.
+        learns: "law" or "tokens", see `DraftModelTraining`.
+        keep_share: below 1, AdaSPEC's token filter.
+        reference: directory of the filter's reference draft; without one it is distilled first, from the same start.
+        dropout: see `DraftModelTraining`.
+        text: who writes the text, see `TextShares`.
+        writing: how, see `Writing`.
+        cut: sizes that the model is cut to before it learns, see `Sizes`.
+        options: of the drafter that validation decodes with.
+    """
+
+    draft: str = ""
+    learns: str = "law"
+    keep_share: float = 1.0
+    reference: str = ""
+    dropout: bool = False
+    text: dict[str, Any] = field(default_factory=dict)
+    writing: dict[str, Any] = field(default_factory=dict)
+    cut: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shares(self) -> TextShares:
+        """Who writes; whoever is not named writes nothing."""
+        return laid_over(TextShares(), {"fixed": 0.0, **self.text} if self.text else {}, "head.text")
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the model is cut to."""
+        return cast(Sizes, laid_over(Sizes(), self.cut, "head.cut"))
+
+    @staticmethod
+    def of(recipe: Recipe) -> DraftSettings:
+        """The settings of a recipe, checked.
+
+        Raises:
+            BadRecipe: names the setting.
+        """
+        settings = laid_over(DraftSettings(), recipe.head, "head")
+        _ = settings.shares, settings.sizes, laid_over(Writing(), settings.writing, "head.writing")
+        if not 0 < settings.keep_share <= 1:
+            raise BadRecipe(f"[head] keep_share is above 0 and at most 1, got {settings.keep_share}")
+        if settings.learns != "law" and (settings.keep_share < 1 or settings.reference):
+            raise BadRecipe('[head] the token filter compares laws; leave it out, or say learns = "law"')
+        if settings.reference and settings.keep_share == 1:
+            raise BadRecipe("[head] reference belongs to the token filter; say keep_share = 0.4, or leave it out")
+        return settings
+
+
+def train_draft_model(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    documents: Documents,
+    out: Path,
+    *,
+    draft: PreTrainedModel | None = None,
+    begin_from: Path | None = None,
+    recompute: bool = False,
+    prompts: list[list[int]] | None = None,
+    data_identity: dict[str, Any] | None = None,
+    report: Report = lambda _report: None,
+    report_reference: Report = lambda _report: None,
+    restored: Callable[[Loop], None] = lambda _loop: None,
+    resume: bool = True,
+    accelerator: Accelerator | None = None,
+) -> Loop:
+    """Distil a draft model and leave checkpoints in `out`; `out/drafter` leads to the one to use.
+
+    With AdaSPEC's filter and no reference given, the reference is distilled first, in `out/reference`.
+
+    Args:
+        recipe: settings; its `head` section is DraftSettings.
+        model: the target; frozen.
+        documents: prepared texts.
+        out: directory of the run.
+        draft: what to begin with, in place of the recipe's; it learns in place.
+        begin_from: the same as a directory.
+        recompute: layers are run again in the backward pass instead of being remembered.
+        prompts: held-out prompts to decode for validation; none means no validation.
+        data_identity: says which data this is; a resumed run must agree.
+        report: hears of every step and validation.
+        report_reference: the same of the reference that is distilled first.
+        restored: called once everything fits and the newest checkpoint is taken up, before the first step.
+        resume: go on from the newest checkpoint in `out`.
+        accelerator: of the process, when there are several.
+
+    Returns:
+        the loop, finished or stopped by a signal; that of the reference when the signal came so early.
+
+    Raises:
+        SpecdecError: settings, data, models or checkpoints that do not fit; says which.
+    """
+    settings = DraftSettings.of(recipe)
+    if begin_from is not None:
+        settings = replace(settings, draft=str(begin_from))
+    target = target_of(model)
+    recipe = recipe.fitted(1 if accelerator is None else accelerator.num_processes, target.max_positions)
+    begun = starting_draft(settings, model, documents, out, recipe, accelerator) if draft is None else draft
+    common: dict[str, Any] = {
+        "prompts": prompts, "data_identity": data_identity, "resume": resume, "accelerator": accelerator,
+    }  # fmt: skip
+    reference: PreTrainedModel | None = None
+    if settings.reference:
+        reference = load_model(Path(settings.reference).expanduser(), model, torch.float32)
+    elif settings.keep_share < 1:
+        reference = copy.deepcopy(begun)
+        plain = replace(recipe, head={**recipe.head, "keep_share": 1.0, "reference": ""})
+        loop = train_draft_model(
+            plain, model, documents, out / "reference", draft=reference, recompute=recompute, report=report_reference,
+            **common,
+        )  # fmt: skip
+        if loop.step < loop.settings.steps:
+            return loop
+    training = DraftModelTraining(
+        target, begun, learns=cast(Any, settings.learns), reference=reference, keep_share=settings.keep_share,
+        dropout=settings.dropout, recompute=recompute, options=settings.options,
+    )  # fmt: skip
+    return run_training(training, recipe, documents, out, report=report, restored=restored, **common)
+
+
+def run_training(
+    training: DraftModelTraining,
+    recipe: Recipe,
+    documents: Documents,
+    out: Path,
+    *,
+    prompts: list[list[int]] | None,
+    data_identity: dict[str, Any] | None,
+    report: Report,
+    restored: Callable[[Loop], None],
+    resume: bool,
+    accelerator: Accelerator | None,
+) -> Loop:
+    """The loop around a draft model; arguments as of `train_draft_model`."""
+    target = training.target
+    if recipe.data.packed:
+        check_packing(target)
+        training.module.eval()
+        check_packing(Target(training.module))
+    training.drafter()  # a wrong option is found now
+    loop = Loop(
+        training,
+        text_source(training, recipe, documents),
+        TargetFeatures(target, training.taps, needs_logits=training.needs_logits),
+        recipe.objective,
+        recipe.loop,
+        out,
+        identity={
+            "target": {**fingerprint(target.model), "weights": weights_sample(target.model)},
+            "draft": {**fingerprint(training.module), "weights": weights_sample(training.module)},
+            "reference": None if training.reference is None else weights_sample(training.reference),
+            "head": {key: value for key, value in recipe.head.items() if key not in PLACES},
+            "data": {"rows": recipe.data.row_length, "packed": recipe.data.packed, **(data_identity or {})},
+        },
+        evaluate=evaluator(target.model, prompts, recipe),
+        report=report,
+        accelerator=accelerator,
+    )
+    loop.restore(resume=resume)
+    if loop.accelerator.is_main_process:
+        write_whole(out / "recipe.json", json.dumps(recipe.resolved(), indent=2) + "\n")
+    restored(loop)
+    loop.run()
+    return loop
+
+
+PLACES = ("draft", "reference")
+"""Settings that say where a model lies; the identity of a run has its weights instead."""
+
+
+def text_source(
+    training: DraftModelTraining, recipe: Recipe, documents: Documents
+) -> Callable[[list[int]], TrainBatch]:
+    """Batches by row number: the data's own text, or what models write."""
+    settings = DraftSettings.of(recipe)
+    if settings.shares == TextShares():
+        return row_source(documents, recipe)
+    order = Order(documents.lengths, recipe.data.row_length, recipe.loop.seed, packed=recipe.data.packed)
+    return MixedSource(documents, order, settings.shares, training, Writing(**settings.writing))
+
+
+def starting_draft(
+    settings: DraftSettings,
+    model: PreTrainedModel,
+    documents: Documents,
+    out: Path,
+    recipe: Recipe,
+    accelerator: Accelerator | None = None,
+) -> PreTrainedModel:
+    """The model that the first step begins with, in fp32.
+
+    One that has to be cut first is kept in `out/start`, so that a resumed run begins with the same.
+
+    Raises:
+        BadRecipe: no model is named, or the target shall be its own draft model.
+        UnknownDrafter: the directory holds no model.
+    """
+    if not settings.draft:
+        raise BadRecipe('a draft model begins with a model: say [head] draft = "path", or draft = "target" and a cut')
+    if not settings.cut:
+        if settings.draft == TARGET:
+            raise BadRecipe(
+                "the target itself cannot be its draft model; say what to cut, such as [head.cut] num_layers=4"
+            )
+        return load_model(Path(settings.draft).expanduser(), model, torch.float32)
+    start = out / "start"
+    if (accelerator is None or accelerator.is_main_process) and not start.exists():
+        whole = model if settings.draft == TARGET else load_model(Path(settings.draft).expanduser(), model)
+        rows = calibration_rows(documents, recipe.data.row_length, CALIBRATION_ROWS)
+        cut = cut_by_importance(whole, settings.sizes, rows)
+        with unfinished_folder(start) as folder:
+            save_model(cast(Any, cut).float(), folder)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    return load_model(start, model, torch.float32)

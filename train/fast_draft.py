@@ -1,0 +1,163 @@
+"""A draft model from scratch in stages: FastDraft (arXiv 2411.11055).
+
+Pre-training on text, continued pre-training on a mixture nearer to the use (text and code), and alignment on the
+target's own answers. The architecture is chosen by measured latency, the vocabulary is the target's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from specdec.errors import BadCheckpoint, BadRecipe
+from specdec.train.architecture import Architecture, Costs, candidates, choose, fresh_draft, measured_costs
+from specdec.train.batch import Documents
+from specdec.train.checkpoint import Checkpoints, write_whole
+from specdec.train.distill import Report, train_draft_model
+from specdec.train.loop import Loop
+from specdec.train.recipe import Recipe
+
+SHARE = 0.15
+"""Of a target step that a draft step may cost by default."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+        name: of its directory.
+        documents: prepared texts.
+        recipe: settings; learns = "tokens" in its `head` section for pre-training.
+        data_identity: says which data this is; a resumed run must agree.
+    """
+
+    name: str
+    documents: Documents
+    recipe: Recipe
+    data_identity: dict[str, Any] = field(default_factory=dict)
+
+
+def fast_draft(
+    model: PreTrainedModel,
+    stages: Sequence[Stage],
+    out: Path,
+    *,
+    share: float = SHARE,
+    architecture: Architecture | None = None,
+    costs: Costs | None = None,
+    prompts: list[list[int]] | None = None,
+    report: Callable[[str], Report] = lambda _stage: lambda _report: None,
+    resume: bool = True,
+    accelerator: Accelerator | None = None,
+) -> Loop:
+    """Train a fresh draft model through all stages; `out/NAME/drafter` of the last one is the one to use.
+
+    Each stage begins with the weights of the one before: of its best checkpoint where it validated, else its last.
+
+    Args:
+        model: the target; frozen.
+        stages: in order, each with a directory of its own in `out`.
+        out: directory of the run; `architecture.json` in it holds the choice and what it rests on.
+        share: budget of a draft step as a share of a target step.
+        architecture: in place of a choice.
+        costs: in place of measuring here.
+        prompts: held-out prompts to decode for validation.
+        report: given a stage's name, hears of its steps and validations.
+        resume: go on where an interrupted run stopped.
+        accelerator: of the process, when there are several.
+
+    Returns:
+        the last stage's loop, or that of the stage in which a signal stopped the run.
+
+    Raises:
+        SpecdecError: stages, data or checkpoints that do not fit; says which.
+    """
+    _check_stages(stages)
+    made = architecture_of(model, out, share, architecture, costs, accelerator)
+    draft = fresh_draft(model, made, stages[0].recipe.loop.seed)
+    loop: Loop | None = None
+    for stage in stages:
+        if loop is not None:
+            draft.load_state_dict(_last_weights(loop), strict=False)  # tied names are stored once
+        loop = train_draft_model(
+            replace(stage.recipe, head={**stage.recipe.head, "draft": ""}), model, stage.documents, out / stage.name,
+            draft=draft, prompts=prompts, data_identity=stage.data_identity or None, report=report(stage.name),
+            resume=resume, accelerator=accelerator,
+        )  # fmt: skip
+        if loop.step < loop.settings.steps:
+            break
+    assert loop is not None
+    return loop
+
+
+def architecture_of(
+    model: PreTrainedModel,
+    out: Path,
+    share: float,
+    architecture: Architecture | None = None,
+    costs: Costs | None = None,
+    accelerator: Accelerator | None = None,
+) -> Architecture:
+    """The architecture of a run: as it was chosen once, else chosen now and written down.
+
+    Raises:
+        BadCheckpoint: `architecture.json` is damaged, or was chosen for another budget.
+    """
+    file = out / "architecture.json"
+    if (accelerator is None or accelerator.is_main_process) and not file.exists():
+        grid = candidates(model.config.get_text_config(decoder=True))
+        measured = costs
+        if architecture is None:
+            measured = costs or measured_costs(model, grid)
+            architecture = choose(measured, model.config.get_text_config(decoder=True), share)
+        _write_choice(file, architecture, share, measured)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    try:
+        kept = json.loads(file.read_text())
+        made, budget = Architecture(**kept["architecture"]), kept["share"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadCheckpoint(f"{file} cannot be read: {error}; remove it to choose anew") from error
+    if budget != share or architecture not in (None, made):
+        raise BadCheckpoint(
+            f"{file} holds {made.name}, chosen for a budget of {budget:g}; this run asks for "
+            f"{share:g}{'' if architecture is None else f' and {architecture.name}'}. Use another --out"
+        )
+    return made
+
+
+def _write_choice(file: Path, architecture: Architecture, share: float, costs: Costs | None) -> None:
+    table = [] if costs is None else [
+        {**asdict(made), "seconds": seconds} for made, seconds in costs.candidates.items()
+    ]  # fmt: skip
+    content = {
+        "architecture": asdict(architecture),
+        "share": share,
+        "target_seconds": None if costs is None else costs.target,
+        "measured": table,
+    }
+    write_whole(file, json.dumps(content, indent=2) + "\n")
+
+
+def _last_weights(loop: Loop) -> dict[str, torch.Tensor]:
+    """The fp32 weights that a finished stage hands on."""
+    checkpoints: Checkpoints = loop.checkpoints
+    checkpoint = checkpoints.best() or checkpoints.latest()
+    if checkpoint is None:
+        raise BadCheckpoint(f"{checkpoints.folder} holds no checkpoint to go on from")
+    return load_file(checkpoint / "training.safetensors")
+
+
+def _check_stages(stages: Sequence[Stage]) -> None:
+    names = [stage.name for stage in stages]
+    if not names or len(set(names)) != len(names) or any(not name or Path(name).name != name for name in names):
+        raise BadRecipe(f"stages have names of their own that can be directories, got {names}")
