@@ -39,7 +39,6 @@ from specdec.drafters.hybrid import HybridDrafter
 from specdec.drafters.kangaroo import KangarooDrafter
 from specdec.drafters.limited import LimitedDrafter
 from specdec.drafters.lookup import LookupDrafter
-from specdec.drafters.measured import MeasuredDrafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.drafters.recycling import RecyclingDrafter
 from specdec.drafters.sequential import SequentialDrafter
@@ -148,8 +147,9 @@ def check_fits(drafter: Drafter, model: PreTrainedModel) -> None:
     if isinstance(drafter, HybridDrafter):
         check_fits(drafter.first, model)
         check_fits(drafter.second, model)
-    if isinstance(drafter, MeasuredDrafter | LimitedDrafter):
-        check_fits(drafter.drafter, model)
+    wrapped = getattr(drafter, "drafter", None)  # a drafter that wraps another one holds it under this name
+    if isinstance(wrapped, Drafter):
+        check_fits(wrapped, model)
     vocabulary = vocab_size(model)
     if isinstance(drafter, EarlyExitDrafter) and drafter.target.model is not model:
         raise DrafterMismatch("this early-exit drafter runs the layers of another model; load one for this target")
