@@ -82,9 +82,13 @@ class TrainBatch:
     def laws(self, ahead: int) -> Tensor:
         """The target's logits [M, V] of token t + ahead at the M positions t of `drafts(ahead)`."""
         assert self.logits is not None, "features with logits come first"
+        return self.logits[self.stands(ahead)]
+
+    def stands(self, ahead: int) -> Tensor:
+        """Bool [R, S]: where the target's own laws of the tokens of `drafts(ahead)` stand, in the same order."""
         stands = torch.zeros_like(self.supervised)
         stands[:, ahead - 1 :] = self.drafts(ahead)[:, : self.ids.shape[1] - ahead + 1]
-        return self.logits[stands]
+        return stands
 
     def tokens(self, ahead: int) -> Tensor:
         """Token t + ahead [M] at the M positions t of `drafts(ahead)`."""
