@@ -46,7 +46,13 @@ def prepared_for(
         raise BadData(f"{path} holds {SETTINGS} but no {TRAIN}/{MANIFEST}: it is damaged; prepare it again")
     if into.exists():
         return _found(into, name, tokenizer)
-    counts = prepare([name], Encoder(tokenizer), into, tokenizer_name=tokenizer_name)
+    there = into.parent.exists()
+    try:
+        counts = prepare([name], Encoder(tokenizer), into, tokenizer_name=tokenizer_name)
+    except BaseException:
+        if not there and into.parent.is_dir() and not any(into.parent.iterdir()):
+            into.parent.rmdir()
+        raise
     tell(f"prepared {counts.documents} documents into {into}, {counts.held_out} more are held out")
     for warning in counts.warnings:
         tell(warning)

@@ -28,6 +28,8 @@ from specdec.errors import BadRecipe, SpecdecError
 PROCESS, ERROR = "process", "error"
 """Events that workers send beside what they report: {"event": "process", "pid"}, {"event": "error", "message"}."""
 
+_UNREACHABLE = re.compile(r"gloo|nccl|\bpeer\b|process group", re.IGNORECASE)
+
 Hear = Callable[[dict[str, Any]], None]
 
 
@@ -75,7 +77,7 @@ def launch(command: Sequence[str], processes: int, hear: Hear, *, threads: int |
         if workers.signals_heard > 1:
             raise KeyboardInterrupt
         if status and not (workers.signals_heard and not errors):
-            raise SpecdecError(errors[0] if errors else _died(noise))
+            raise SpecdecError(_why(errors, noise))
 
 
 def tell(event: dict[str, Any]) -> None:
@@ -143,6 +145,12 @@ def _listen(agent: subprocess.Popen[str], workers: _Workers, hear: Hear) -> list
     return known + unexpected
 
 
+def _why(errors: list[str], noise: IO[str]) -> str:
+    """The error that came first. Of a process that has died, the others only see that they cannot reach it."""
+    causes = [error for error in errors if not _UNREACHABLE.search(error)]
+    return causes[0] if causes else _died(noise)
+
+
 def _parsed(line: str) -> dict[str, Any] | None:
     with suppress(ValueError):
         event = json.loads(line)
@@ -155,12 +163,13 @@ def _died(noise: IO[str]) -> str:
     """One line for a worker that ended without a word; the agent's report says how."""
     noise.seek(0)
     text = noise.read()
-    found = re.search(r"exitcode\s*:\s*(-?\d+)", text)
-    how = f"with exit code {found[1]}" if found else "before they had begun"
-    if found and int(found[1]) < 0:
-        how = f"by signal {-int(found[1])} (9 often means that memory ran out)"
+    codes = [int(code) for code in re.findall(r"exitcode\s*:\s*(-?\d+)", text)]
+    found = next((code for code in codes if code < 0 and code != -signal.SIGTERM), codes[0] if codes else None)
+    how = "before it had begun" if found is None else f"with exit code {found}"
+    if found is not None and found < 0:
+        how = f"by signal {-found} (9 often means that memory ran out)"
     last = next((line.strip() for line in reversed(text.splitlines()) if line.strip(" =-")), "")
-    shown = "" if found else f": {last[:200]}"
+    shown = f": {last[:200]}" if found is None else ""
     return f"a training process ended {how}{shown}; checkpoints are whole, the same command goes on from the last one"
 
 
