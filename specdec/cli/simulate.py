@@ -119,7 +119,7 @@ def _print(method: str, about: str, checked: SelfCheck | None, found: Sequence[P
     ways = list(dict.fromkeys(entry.way for entry in found))
     table = Table.grid(padding=(0, 2))
     for _ in range(len(ways) + 2):
-        table.add_column(justify="right")
+        table.add_column(justify="right", no_wrap=True)
     table.add_row("batch", "plain tokens/s", *ways, style="dim")
     for batch in dict.fromkeys(entry.batch for entry in found):
         row = {entry.way: entry for entry in found if entry.batch == batch}
