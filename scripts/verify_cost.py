@@ -7,9 +7,7 @@ python scripts/verify_cost.py --padded 0 --context 256
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from pathlib import Path
 from typing import cast
 
@@ -21,32 +19,18 @@ from transformers import LlamaForCausalLM
 
 import specdec
 from specdec import demo
-from specdec.context import Context
+from specdec.costs.measure import NODES as WIDTHS
+from specdec.costs.measure import Grid, measure_verifications
 from specdec.demo.padded import cost_padded
 from specdec.target import Target
-from specdec.tree import TokenTree
 
-WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 VARIANTS = (("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True))
 
 
-@torch.no_grad()
 def curve(model: LlamaForCausalLM, context_length: int, repeats: int) -> dict[int, float]:
     """Median milliseconds of one verification by number of nodes, after `context_length` tokens."""
-    context = Context(Target(model), context_length + 128)
-    ids = torch.arange(context_length)[None] % 1000 + 5
-    context.prefill(ids.tolist())
-    seconds: dict[int, list[float]] = {width: [] for width in WIDTHS}
-    for repeat in range(repeats + 2):
-        for width in WIDTHS:
-            tree = TokenTree.of_chains(torch.tensor([7]), [list(range(8, 7 + width))])
-            started = time.perf_counter()
-            context.run(tree.tokens, tree.depths(), tree.ancestors())
-            elapsed = time.perf_counter() - started
-            context.keep([[]])
-            if repeat >= 2:
-                seconds[width].append(elapsed)
-    return {width: 1e3 * statistics.median(values) for width, values in seconds.items()}
+    points = measure_verifications(Target(model), Grid(WIDTHS, (context_length,), repeats=repeats))
+    return {point.nodes: 1e3 * point.seconds for point in points}
 
 
 def main() -> None:
