@@ -22,7 +22,7 @@ from specdec.cli.options import Device, Dtype, DtypeOption, Threads, within
 from specdec.cli.train_display import display
 from specdec.cli.train_process import dtype_of, run_here
 from specdec.errors import BadRecipe, SpecdecError
-from specdec.train.data_of_run import prepared_for
+from specdec.train.data_of_run import is_prepared, prepared_for
 from specdec.train.job import FINISHED, Job
 from specdec.train.plan import Plan, plan_run
 from specdec.train.prepare import open_prepared
@@ -144,12 +144,19 @@ def train(
         return
     job = _prepared(job, data, out_folder)
     finished = _run(job, processes, as_json)
+    if not _is_main():
+        return
     if finished is None:
         note("stopped before the first step; nothing was changed")
         raise typer.Exit(INTERRUPTED)
     _conclude(finished, target, out_folder, as_json)
     if hub and not finished["stopped"]:
         note(f"pushed to {push_to_hub(Path(finished['drafter']), hub)}")
+
+
+def _is_main() -> bool:
+    """Whether this process speaks: started by torchrun, every process runs the whole command."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _usage(call: Callable[[], Any]) -> Any:
@@ -176,6 +183,10 @@ def _device_type(device: str) -> str:
 
 def _prepared(job: Job, data: str, folder: Path) -> Job:
     """With prepared data: as it is, or made on the way in a folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_prepared(Path(data).expanduser()):
+        raise BadRecipe(
+            f"{data} is not prepared; several processes would prepare it at once: `specdec data prepare` first"
+        )
     tokenizer = load_tokenizer(job.target)
     return replace(job, data=prepared_for(data, tokenizer, str(locate(job.target)), folder / "data", tell=note))
 
@@ -183,13 +194,12 @@ def _prepared(job: Job, data: str, folder: Path) -> Job:
 def _run(job: Job, processes: int, as_json: bool) -> dict[str, Any] | None:
     """Train; returns the last event, None when the run was stopped before it had begun."""
     last: dict[str, Any] = {}
-    main = os.environ.get("RANK", "0") == "0"  # started by torchrun itself, every process runs this command
     with display(job.recipe.loop.steps, as_json=as_json) as show:
 
         def hear(event: dict[str, Any]) -> None:
             last.clear()
             last.update(event)
-            if main and event["event"] != FINISHED:
+            if event["event"] != FINISHED:
                 show(event)
 
         if processes == 1:
