@@ -1,7 +1,7 @@
 """Training text from three pens: the data's own, the target's, or the draft's that is learning (on-policy).
 
 DistillSpec (arXiv 2310.08461, section 4) compares them. A row that is not fixed keeps the beginnings of the fixed
-row's documents, and a model goes on from there. All is a function of row numbers, seed and present weights, so a
+row's documents, and a model goes on from there. All is a function of row numbers, seed and the writer's weights, so a
 resumed run writes what the unbroken one wrote.
 
 Dimensions: R rows, S row length.
@@ -74,6 +74,8 @@ class Writing:
         temperature: 0 for greedy text; 1 is the law itself.
         prompt_tokens: beginning of a document that is supervised from its start, as plain text is; at most half of
             it. Otherwise the beginning is all before the first supervised token.
+        speculative: let the draft draft for the target while that writes. Worth it for a large target and few rows at
+            once; a batch that keeps the hardware busy is faster without. The law stays, the sampled text does not.
 
     Raises:
         BadRecipe: a number out of range.
@@ -81,6 +83,7 @@ class Writing:
 
     temperature: float = 1.0
     prompt_tokens: int = 32
+    speculative: bool = False
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.prompt_tokens < 1:
@@ -142,7 +145,7 @@ class MixedSource:
     def _written(self, writer: Writer, documents: list[Document], seed: int) -> list[Document]:
         """These documents with everything after their beginnings written anew."""
         model = self.pens.target.model if writer == "target" else self.pens.served()
-        drafter = self.pens.drafter() if writer == "target" else None
+        drafter = self.pens.drafter() if writer == "target" and self.writing.speculative else None
         return continued(model, documents, self.writing, seed, drafter)
 
 

@@ -91,11 +91,11 @@ def test_fixed_rows_are_the_datas_own() -> None:
     assert fixed.row_numbers == (0, 1)
 
 
-@pytest.mark.parametrize("writer", ["target", "draft"])
-def test_greedy_rows_are_what_the_writer_says_after_the_datas_beginnings(writer: str) -> None:
+@pytest.mark.parametrize(("writer", "speculative"), [("target", False), ("target", True), ("draft", False)])
+def test_greedy_rows_are_what_the_writer_says_after_the_datas_beginnings(writer: str, speculative: bool) -> None:
     pens = training()
     shares = TextShares(**{"fixed": 0.0, writer: 1.0})  # type: ignore[arg-type]
-    written = source(shares, pens, temperature=0.0, prompt_tokens=4)([0, 1, 2])
+    written = source(shares, pens, temperature=0.0, prompt_tokens=4, speculative=speculative)([0, 1, 2])
     model: Any = pens.target.model if writer == "target" else pens.module.eval()
     order = Order(documents().lengths, ROW, 1)
     for row in range(3):
@@ -149,6 +149,11 @@ def test_sampled_rows_depend_on_row_seed_and_weights_alone() -> None:
     assert not torch.equal(first.ids, source(TextShares(0, 0, 1), pens)([6, 7]).ids)
 
 
+def test_what_the_target_writes_does_not_depend_on_the_draft() -> None:
+    shares = TextShares(0, 1, 0)
+    assert torch.equal(source(shares, training())([4, 5]).ids, source(shares, training(0.06))([4, 5]).ids)
+
+
 def test_writing_leaves_the_global_random_numbers_and_the_gradients_alone() -> None:
     pens = training()
     torch.manual_seed(5)
@@ -180,16 +185,26 @@ def test_beginnings_without_a_position_left_are_refused() -> None:
         write(model, [torch.arange(3, 9)], [4], 0.0, torch.Generator(), None)
 
 
-@pytest.mark.parametrize("text", [{"draft": 1.0}, {"fixed": 0.4, "target": 0.3, "draft": 0.3}])
-def test_a_run_that_writes_its_own_text_resumes_to_the_same_bytes(tmp_path: Path, text: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    ("text", "speculative"), [({"draft": 1.0}, False), ({"fixed": 0.4, "target": 0.3, "draft": 0.3}, True)]
+)
+def test_a_run_that_writes_its_own_text_resumes_to_the_same_bytes(
+    tmp_path: Path, text: dict[str, float], speculative: bool
+) -> None:
     def run(out: Path, heard: list[Any], stop_after: int = 0) -> None:
         def report(step: Any) -> None:
             heard.append(step)
             if len(heard) == stop_after:
                 raise KeyboardInterrupt
 
+        writing = {"head": {"writing": {"speculative": speculative}}}
         train_draft_model(
-            recipe(6, **text), shared_target(), documents(), out, draft=perturbed(shared_target(), 0.03), report=report
+            recipe(6, **text).changed(writing),
+            shared_target(),
+            documents(),
+            out,
+            draft=perturbed(shared_target(), 0.03),
+            report=report,
         )
 
     whole: list[Any] = []
