@@ -34,7 +34,7 @@ def saved(path: Path, *records: Any) -> Path:
 
 
 def drafting(question: int = 1, **steps: Any) -> Any:
-    made = record("lookup", question)
+    made: Any = record("lookup", question)
     made["steps"].update({"drafted": [4, 4, 4], "accepted": [4, 0, 2], "emitted": [5, 1, 3], "tried": [4, 1, 3],
                           "draft": [0.1] * 3, "verify": [0.6, 0.5, 0.7], "accept": [0.0] * 3, "total": [0.8] * 3,
                           **steps})  # fmt: skip

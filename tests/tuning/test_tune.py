@@ -18,7 +18,7 @@ from specdec.tuning.decoded import Decoded, Job, decode_all, overhead_of, typica
 from specdec.tuning.pricing import Prices, expectation, expectation_of
 from specdec.tuning.settings import NO_SPECULATION, Setting, Subject, chain_settings, subject_of
 from specdec.tuning.traces import Step
-from specdec.tuning.tune import Effort, full_grid, measured_grid, near, tune
+from specdec.tuning.tune import Effort, Tuned, full_grid, measured_grid, near, tune
 from tests.tiny import perturbed, prompt, shared_draft, shared_target
 from tests.tuning.costs import costs
 
@@ -44,6 +44,13 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def found_once(draft: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
+    """What tuning the draft model finds at middling prices."""
+    table = costs(per_node=0.02, per_level=0.05, contexts=True)
+    return tune(job(), str(draft), costs=table, effort=EFFORT, folder=tmp_path_factory.mktemp("tables"))
+
+
+@pytest.fixture(scope="module")
 def bad_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A draft model that is never right."""
     folder = tmp_path_factory.mktemp("bad")
@@ -59,7 +66,7 @@ def bad_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     {"per_node": 0.30, "per_level": 0.05},  # nodes are dear
     {"per_node": 0.01, "per_level": 0.60},  # levels are dear
 ])  # fmt: skip
-def test_the_choice_is_the_best_of_the_whole_grid(draft: Path, prices: dict[str, float], tmp_path: Path):
+def test_the_choice_is_the_best_of_the_whole_grid(draft: Path, prices: Any, tmp_path: Path):
     table = costs(**prices)
     found = tune(job(), str(draft), costs=table, effort=EFFORT, folder=tmp_path)
     grid = full_grid(found.subject, job(), tmp_path / tuning.TABLE_FILE, EFFORT)
@@ -71,8 +78,8 @@ def test_the_choice_is_the_best_of_the_whole_grid(draft: Path, prices: dict[str,
     assert found.choice.tokens_per_second > ranked[-1].tokens_per_second, "there was something to choose"
 
 
-def test_what_is_expected_is_what_decoding_with_the_choice_gives(draft: Path):
-    found = tune(job(), str(draft), costs=costs(per_node=0.02, per_level=0.05), effort=EFFORT)
+def test_what_is_expected_is_what_decoding_with_the_choice_gives(found_once: Tuned):
+    found = found_once
     assert found.projected
     assert found.measured is not None
     assert found.measured.tau == pytest.approx(found.choice.tau)
@@ -80,11 +87,9 @@ def test_what_is_expected_is_what_decoding_with_the_choice_gives(draft: Path):
     assert found.measured.plain_tokens_per_second == pytest.approx(found.plain.tokens_per_second)
 
 
-def test_expectations_of_traced_shapes_are_those_of_decoding_them(draft: Path, tmp_path: Path):
-    table = costs(contexts=True)
-    found = tune(job(), str(draft), costs=table, effort=EFFORT, folder=tmp_path)
-    traced = [entry for entry in found.considered if entry.setting.shape is not None]
-    runs = decode_all(job(), [found.subject.spec(entry.setting) for entry in traced[:4]])
+def test_expectations_of_traced_shapes_are_those_of_decoding_them(found_once: Tuned):
+    traced = [entry for entry in found_once.considered if entry.setting.shape is not None]
+    runs = decode_all(job(), [found_once.subject.spec(entry.setting) for entry in traced[:4]])
     for entry, decoded in zip(traced, runs, strict=False):
         steps = [step for run in decoded for step in run.steps]
         assert entry.tau == pytest.approx(sum(s.emitted for s in steps) / len(steps))
@@ -194,7 +199,7 @@ def test_what_cannot_be_tuned_is_refused_in_one_line(draft: Path):
         subject_of(f"suffix+{draft}", shared_target())
 
 
-def tuned_for(directory: Path, tmp_path: Path, **prices: float) -> Any:
+def tuned_for(directory: Path, tmp_path: Path, **prices: Any) -> Any:
     return tune(job(), str(directory), costs=costs(**prices), effort=EFFORT, folder=tmp_path)
 
 
