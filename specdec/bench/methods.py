@@ -1,6 +1,7 @@
 """Methods: a name and a way of generating. Baselines are methods like any other.
 
     plain            transformers' generate; the baseline, and the reference for exactness
+    plain-again      the same once more, in turns with it: how large a difference is none
     none             specdec's loop with no drafter
     <drafter spec>   specdec's loop with that drafter
     assisted         transformers' assisted generation with a draft model
@@ -37,7 +38,8 @@ from specdec.stats import DecodeStats
 from specdec.vocabulary import check_vocabulary
 
 PLAIN, NONE, ASSISTED, PROMPT_LOOKUP = "plain", "none", "assisted", "prompt-lookup"
-RESERVED = (PLAIN, NONE, ASSISTED, PROMPT_LOOKUP)
+PLAIN_AGAIN = "plain-again"
+RESERVED = (PLAIN, PLAIN_AGAIN, NONE, ASSISTED, PROMPT_LOOKUP)
 UNUSED_PAD = 0
 """Fills the left of shorter prompts where the model names no pad token; it is masked."""
 

@@ -15,6 +15,7 @@ from specdec.bench.manifest import FORMAT, Manifest, described_target, identity_
 from specdec.bench.methods import (
     NONE,
     PLAIN,
+    PLAIN_AGAIN,
     RESERVED,
     Method,
     SpeculativeMethod,
@@ -79,6 +80,7 @@ def run_bench(
     settings: Settings | None = None,
     assistant: PreTrainedModel | str | Path | None = None,
     lookup_tokens: int | None = None,
+    against_itself: bool = False,
     template: str = "auto",
     system: str | None = None,
     target_name: str | None = None,
@@ -98,6 +100,7 @@ def run_bench(
         settings: see Settings.
         assistant: also measure transformers' assisted generation with this draft model.
         lookup_tokens: also measure transformers' prompt lookup, drafting so many tokens.
+        against_itself: also measure plain a second time, as the method `plain-again`.
         template, system: see PromptBuilder.
         target_name: in reports; the model's own path by default.
         progress: told before every generation.
@@ -112,6 +115,8 @@ def run_bench(
     chosen = questions if isinstance(questions, QuestionSet) else load_questions(questions)
     builder = PromptBuilder(tokenizer, template, system)
     methods = _methods(model, drafters, settings, assistant, lookup_tokens)
+    if against_itself:
+        methods.append(TransformersMethod(PLAIN_AGAIN, model, settings.decoding))
     name = target_name or str(model.name_or_path) or type(model).__name__
     identity = _identity(model, name, methods, chosen, builder, settings)
     folder = Path(out) if out is not None else _new_folder(name, chosen.name, identity)

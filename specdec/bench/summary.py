@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specdec.bench.measured_run import MeasuredRun, read_run
-from specdec.bench.methods import NONE, PLAIN
+from specdec.bench.methods import NONE, PLAIN, PLAIN_AGAIN
 from specdec.bench.record import write_json
 from specdec.bench.spec_bench import file_name
 from specdec.bench.statistics.acceptance import acceptance
@@ -59,7 +59,7 @@ def summary_of(run: MeasuredRun) -> Summary:
     samples = samples_of(run.records)
     units = units_of(samples)
     of_method = {name: [s for s in samples if s.record["method"] == name] for name in run.methods}
-    base = of_method.get(PLAIN, [])
+    base, again = of_method.get(PLAIN, []), of_method.get(PLAIN_AGAIN, [])
     return {
         "format": FORMAT,
         "baseline": PLAIN,
@@ -72,7 +72,7 @@ def summary_of(run: MeasuredRun) -> Summary:
         "records": len(run.records),
         "manifest": run.manifest,
         "methods": {name: _method(run, name, of_method, units) for name in run.methods},
-        "baseline_against_itself": against_itself(base) if len({s.record["repeat"] for s in base}) > 1 else None,
+        "baseline_against_itself": against_itself(base, again) if base and again else None,
     }
 
 

@@ -106,6 +106,10 @@ def bench(
         int | None,
         typer.Option(callback=within(1), help="Also measure transformers' prompt lookup with so many tokens."),
     ] = None,
+    against_itself: Annotated[
+        bool,
+        typer.Option("--against-itself", help="Also measure plain a second time: its interval should contain 1."),
+    ] = False,
     template: Annotated[
         str, typer.Option(help="Chat template: auto (the tokenizer's), raw for none, a file, or Jinja.")
     ] = "auto",
@@ -158,6 +162,7 @@ def bench(
             settings=settings,
             assistant=assisted,
             lookup_tokens=prompt_lookup,
+            against_itself=against_itself,
             template=template,
             system=system,
             target_name=target,

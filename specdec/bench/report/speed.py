@@ -46,17 +46,17 @@ def slowest_section(summary: Summary) -> list[Block]:
 
 
 def itself_section(summary: Summary) -> list[Block]:
-    """The baseline against itself, where it was repeated."""
+    """The baseline against itself, where it was measured twice."""
     itself = summary["baseline_against_itself"]
     if not itself or not itself["estimates"]:
         return []
     tries = len(itself["estimates"])
     text = (
-        f"{itself['containing_one']} of {count(tries, 'interval')} of plain against another repeat of plain contain 1. "
+        f"{itself['containing_one']} of {count(tries, 'interval')} of plain-again over plain contain 1; they are the same. "
         f"Where nothing differs, as few or fewer would with probability {itself['odds']:.2g}."
     )
     rows = [[str(number), interval(estimate, 3)] for number, estimate in enumerate(itself["estimates"], 1)]
-    return [Heading("Baseline against itself"), Paragraph(text), Table(["pair of repeats", "speed-up"], rows)]
+    return [Heading("Baseline against itself"), Paragraph(text), Table(["repeat", "speed-up"], rows)]
 
 
 def spec_bench_section(summary: Summary) -> list[Block]:

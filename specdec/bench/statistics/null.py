@@ -11,23 +11,26 @@ from specdec.bench.statistics.sample import Sample, units_of
 from specdec.bench.statistics.speedup import geometric_mean, pair_up
 
 
-def against_itself(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Speed-ups of the baseline over itself: repeats 0 and 1, 2 and 3, ... as if each were a method of its own.
+def against_itself(samples: Sequence[Sample], again: Sequence[Sample]) -> dict[str, Any]:
+    """Speed-ups of the baseline over itself, measured as those of any method: in turns on each prompt.
+
+    Two repeats would not do: they lie minutes apart, and a machine that has become busier in between slows every prompt
+    alike, which no interval over prompts can know of. Turns are what keeps that out of a comparison.
 
     Args:
-        samples: the baseline's, from a run with an even number of repeats; an odd last one is left out.
+        samples: the baseline's.
+        again: those of the same generation under a second name in the same run.
 
     Returns:
-        estimates: one geometric mean with its interval for each pair of repeats.
+        estimates: one geometric mean with its interval for each repeat.
         containing_one: how many of these intervals contain 1.
         odds: probability that so few or fewer do, when nothing differs and an interval keeps its promise; a small
             number says that the intervals are too narrow.
     """
-    repeats = sorted({sample.record["repeat"] for sample in samples})
     units = units_of(samples)
     estimates = []
-    for first, second in zip(repeats[::2], repeats[1::2], strict=False):
-        halves = ([s for s in samples if s.record["repeat"] == repeat] for repeat in (first, second))
+    for repeat in sorted({sample.record["repeat"] for sample in samples}):
+        halves = ([s for s in half if s.record["repeat"] == repeat] for half in (samples, again))
         pairs = pair_up(*halves)
         if len({units[pair.question] for pair in pairs}) >= FEWEST:
             estimates.append(geometric_mean(pairs, units))
