@@ -43,16 +43,17 @@ def tune(target: Path, *arguments: object) -> Any:
 
 
 def test_it_prints_what_it_expects_and_measured_and_writes_the_choice(target: Path, tmp_path: Path):
-    costs(per_level=0, per_node=0.0).save(tmp_path / "costs.json")
-    result = tune(target, "-d", "suffix", "--costs", "costs.json", "--out", "mine", "-n", 80)
+    save_model(tmp_path / "draft", seed=1)  # the target once more: always right
+    costs(per_level=0.01, per_node=0.0).save(tmp_path / "costs.json")
+    result = tune(target, "-d", "draft:grow=fixed", "--costs", "costs.json")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert any(line.startswith("choice: budget=") for line in lines)
+    assert "choice: grow=fixed,depth=2,budget=2" in lines
     assert any(line.startswith("expected: ") for line in lines)
     assert any(line.startswith("projected from the given costs: ") for line in lines)
-    assert lines[-1] == "kept in mine/drafter.json; use --drafter mine"
-    assert read_drafter_json(Path("mine")).kind == "suffix"
-    used = CliRunner().invoke(app, ["generate", str(target), "-d", "mine", "-p", "def push", "-n", "4"])
+    assert lines[-1] == "kept in draft/drafter.json; use --drafter draft"
+    assert read_drafter_json(Path("draft")).options == {"grow": "fixed", "depth": "2", "budget": "2"}
+    used = CliRunner().invoke(app, ["generate", str(target), "-d", "draft", "-p", "def push", "-n", "4"])
     assert used.exit_code == 0, used.output
 
 
