@@ -52,7 +52,7 @@ def itself_section(summary: Summary) -> list[Block]:
         return []
     tries = len(itself["estimates"])
     text = (
-        f"{itself['containing_one']} of {count(tries, 'interval')} of plain-again over plain contain 1; they are the same. "
+        f"{itself['containing_one']} of {count(tries, 'interval')} of plain-again over plain contain 1. "
         f"Where nothing differs, as few or fewer would with probability {itself['odds']:.2g}."
     )
     rows = [[str(number), interval(estimate, 3)] for number, estimate in enumerate(itself["estimates"], 1)]
