@@ -23,11 +23,12 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
 from specdec.cli import app
+from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.load import load_drafter
 from specdec.drafters.medusa import MedusaDrafter
 from specdec.train.kinds.medusa import MedusaTraining
 from specdec.train.run_log import read_log
-from tests.tiny import VOCAB, make_target, tokenizer
+from tests.tiny import VOCAB, make_target, perturbed, tokenizer
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--steps", 6, "--row-length", 64, "--batch-rows", 4, "--save-every", 2, "--evaluate-every", 3,
@@ -175,6 +176,19 @@ def test_other_kinds_need_no_flag_either(folder: Path, tmp_path: Path, kind: str
     finished(train(folder, tmp_path / "run", "--steps", 2, kind=kind))
     model = AutoModelForCausalLM.from_pretrained(folder / "target")
     assert load_drafter(tmp_path / "run", model) is not None
+
+
+def test_a_draft_model_is_distilled_by_the_same_command(folder: Path, tmp_path: Path):
+    save(perturbed(make_target(), 0.05), tmp_path / "draft")
+    begin = ("--from", tmp_path / "draft")
+    assert "4,096" not in finished(train(folder, tmp_path / "run", *begin, "--plan", kind="draft-model")).stdout
+    assert not (tmp_path / "run").exists()
+    finished(train(folder, tmp_path / "run", *begin, kind="draft-model"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "target")
+    assert isinstance(load_drafter(tmp_path / "run", model), DraftModelDrafter)
+    failed(train(folder, tmp_path / "none", kind="draft-model"), 1, "draft")
+    result = train(folder, tmp_path / "none", *begin, "--features", tmp_path, kind="draft-model")
+    failed(result, 1, "leave --features out")
 
 
 def test_prompts_of_a_file_are_decoded_instead_of_held_out_ones(folder: Path, tmp_path: Path):

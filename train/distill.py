@@ -36,12 +36,12 @@ from specdec.train.checkpoint import write_whole
 from specdec.train.features import TargetFeatures, check_packing
 from specdec.train.importance import calibration_rows, cut_by_importance
 from specdec.train.kinds.draft_model import DraftModelTraining, save_model
-from specdec.train.loop import Loop, LoopSettings, Score, StepReport
+from specdec.train.loop import Loop, Score, StepReport
 from specdec.train.on_policy import MixedSource, TextShares, Writing
 from specdec.train.order import Order
 from specdec.train.prepared import unfinished_folder
 from specdec.train.prune import Sizes
-from specdec.train.recipe import Recipe, laid_over
+from specdec.train.recipe import DEFAULTS, Recipe, laid_over
 from specdec.train.run import evaluator, row_source
 
 TARGET = "target"
@@ -49,7 +49,7 @@ TARGET = "target"
 
 CALIBRATION_ROWS = 16
 
-DEFAULT_RECIPE = Recipe("draft-model", LoopSettings(2000, learning_rate=3e-4, warmup=40, save_every=100))
+DEFAULT_RECIPE = DEFAULTS["draft-model"]
 """DistillSpec's learning rate, without its length."""
 
 Report = Callable[[StepReport | Score], None]

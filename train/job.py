@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.environment import git_commit, hardware, now, versions
-from specdec.errors import BadData
+from specdec.errors import BadData, BadRecipe
 from specdec.probe import target_of
 from specdec.train.batch import Documents
 from specdec.train.checkpoint import read_state, write_whole
+from specdec.train.distill import DraftSettings, starting_draft, train_draft_model
 from specdec.train.feature_cache import CachedData
+from specdec.train.kinds.draft_model import DraftModelTraining
 from specdec.train.loop import Loop, Score, StepReport
 from specdec.train.plan import checkpoint_bytes
 from specdec.train.prepare import held_out_prompts, open_prepared
@@ -38,6 +40,8 @@ from specdec.train.run_log import RunLog
 from specdec.train.tracking import begin_tracking, track
 from specdec.train.validation_prompts import fitting, read_prompts
 from specdec.vocabulary import vocab_size
+
+DRAFT_MODEL = "draft-model"
 
 STEP, VALIDATION, FINISHED, NOTE = "step", "validation", "finished", "note"
 """Events that a run reports, as JSON objects: {"event": "step", "step": 1, "loss": ...}."""
@@ -116,7 +120,7 @@ def run_job(
     data = open_prepared(job.data)
     check_tokenizer(data.manifest, model)
     reporter = Reporter(job, accelerator, hear)
-    loop = train_head(
+    loop = trainer_of(recipe.kind)(
         recipe,
         model,
         documents_of(job, data, model, recipe),
@@ -133,10 +137,32 @@ def run_job(
     reporter.finish(loop)
 
 
+def trainer_of(kind: str) -> Callable[..., Loop]:
+    """What trains this kind; both take the same arguments."""
+    return train_draft_model if kind == DRAFT_MODEL else train_head
+
+
+def training_of(job: Job, recipe: Recipe, model: PreTrainedModel, documents: Documents, folder: Path) -> Any:
+    """The kind's Training object with the weights of the first step; a draft that has to be cut lies in `folder`.
+
+    Raises:
+        SpecdecError: settings or files that do not fit; says which.
+    """
+    target = target_of(model)
+    if recipe.kind != DRAFT_MODEL:
+        return make_training(recipe, target, job.begin_from)
+    settings = DraftSettings.of(recipe)
+    if job.begin_from is not None:
+        settings = replace(settings, draft=str(job.begin_from))
+    return DraftModelTraining(target, starting_draft(settings, model, documents, folder, recipe))
+
+
 def documents_of(job: Job, data: PreparedData, model: PreTrainedModel, recipe: Recipe) -> Documents:
     """The prepared data, with the target's states from a cache where there is one."""
     if job.features is None:
         return data
+    if recipe.kind == DRAFT_MODEL:
+        raise BadRecipe("a draft model reads no hidden states of the target; leave --features out")
     target = target_of(model)
     training = make_training(recipe, target, job.begin_from)
     return CachedData(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from specdec.train.batch import Documents
-from specdec.train.kinds.head import HeadTraining
 from specdec.train.order import Order
 from specdec.train.recipe import Recipe
 from specdec.train.trainable import Trainable
@@ -50,11 +49,12 @@ class Plan:
         return dict(vars(self))
 
 
-def plan_run(recipe: Recipe, training: HeadTraining, documents: Documents) -> Plan:
+def plan_run(recipe: Recipe, training: Trainable, documents: Documents) -> Plan:
     """Count what this recipe needs on these documents."""
     settings, data = recipe.loop, recipe.data
     order = Order(documents.lengths, data.row_length, settings.seed, packed=data.packed)
     rows = len(order.rows_of(0))
+    target: Any = cast(Any, training).target
     sizes = [parameter.numel() for parameter in training.module.parameters()]
     learning = sum(p.numel() for p in training.module.parameters() if p.requires_grad)
     positions = settings.rows_at_once * data.row_length
@@ -67,9 +67,9 @@ def plan_run(recipe: Recipe, training: HeadTraining, documents: Documents) -> Pl
         tokens_per_step=settings.rows_per_step * data.row_length,
         steps_per_epoch=rows / settings.rows_per_step,
         epochs=settings.steps * settings.rows_per_step / rows,
-        target_bytes=sum(p.numel() * p.element_size() for p in training.target.model.parameters()),
+        target_bytes=sum(p.numel() * p.element_size() for p in target.model.parameters()),
         drafter_bytes=FP32 * (sum(sizes) + (1 + MOMENTS) * learning),
-        activation_bytes=FP32 * LOGITS_ALIVE * positions * training.target.vocab_size,
+        activation_bytes=FP32 * LOGITS_ALIVE * positions * target.vocab_size,
         checkpoint_bytes=checkpoint_bytes(training),
         checkpoints=settings.keep + 2,
     )

@@ -154,6 +154,7 @@ DEFAULTS: dict[str, Recipe] = {
     "eagle": Recipe("eagle", _loop(5e-4, clip=0.5)),
     "eagle3": Recipe("eagle3", _loop(5e-4, clip=0.5), Objective(decay=0.8)),
     "kangaroo": Recipe("kangaroo", _loop(1e-3)),
+    "draft-model": Recipe("draft-model", _loop(3e-4)),
 }
 """Learning rates and weights by depth are the published ones where there are any (docs/training.md says which)."""
 

@@ -23,14 +23,13 @@ from specdec.cli.train_display import display
 from specdec.cli.train_process import dtype_of, run_here
 from specdec.errors import BadRecipe, SpecdecError
 from specdec.train.data_of_run import is_prepared, prepared_for
-from specdec.train.job import FINISHED, Job
+from specdec.train.job import FINISHED, Job, training_of
 from specdec.train.plan import Plan, plan_run
 from specdec.train.prepare import open_prepared
 from specdec.train.prepared import check_tokenizer
 from specdec.train.processes import check_processes, launch
 from specdec.train.publish import push_to_hub
-from specdec.train.recipe import Recipe, merged, parsed_settings, recipe_for
-from specdec.train.run import HEADS, make_training
+from specdec.train.recipe import DEFAULTS, Recipe, merged, parsed_settings, recipe_for
 from specdec.train.tracking import check_trackers
 
 FLAGS = {
@@ -49,7 +48,7 @@ FLAGS = {
 
 
 def train(
-    kind: Annotated[str, typer.Argument(help=f"What to train: {', '.join(HEADS)}.", show_default=False)],
+    kind: Annotated[str, typer.Argument(help=f"What to train: {', '.join(DEFAULTS)}.", show_default=False)],
     target: Annotated[
         str, typer.Argument(help="The model: a directory, a hub id, or the word [bold]demo[/bold].", show_default=False)
     ],
@@ -101,7 +100,8 @@ def train(
         typer.Option(help="The target's states from [bold]specdec data features[/bold].", show_default=False),
     ] = None,
     begin_from: Annotated[
-        Path | None, typer.Option("--from", help="Begin with the weights of this drafter.", show_default=False)
+        Path | None,
+        typer.Option("--from", help="Begin with the weights of this drafter.", show_default=False),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Refuse an --out that holds checkpoints.")] = False,
     gradient_checkpointing: Annotated[
@@ -230,11 +230,11 @@ def _conclude(finished: dict[str, Any], target: str, folder: Path, as_json: bool
 
 def _print_plan(job: Job, processes: int, as_json: bool) -> None:
     model = load_model(job.target, dtype_of(job.target, job.dtype), job.device)
-    adapter = target_of(model)
-    recipe = job.recipe.fitted(processes, adapter.max_positions)
+    recipe = job.recipe.fitted(processes, target_of(model).max_positions)
     data = open_prepared(job.data)
     check_tokenizer(data.manifest, model)
-    plan = plan_run(recipe, make_training(recipe, adapter, job.begin_from), data)
+    with tempfile.TemporaryDirectory() as folder:
+        plan = plan_run(recipe, training_of(job, recipe, model, data, Path(folder)), data)
     if as_json:
         print(json.dumps({"recipe": recipe.resolved(), **plan.to_json()}))
         return
