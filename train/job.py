@@ -117,6 +117,8 @@ def run_job(
         OSError: something cannot be written.
     """
     recipe = job.recipe.fitted(accelerator.num_processes, target_of(model).max_positions)
+    if recipe.kind == DRAFT_MODEL and recipe.data.written_from < 1:
+        raise BadRecipe("who writes a draft model's text is said by head.text; leave data.written_from out")
     data = open_prepared(job.data)
     check_tokenizer(data.manifest, model)
     reporter = Reporter(job, accelerator, hear)
@@ -138,7 +140,7 @@ def run_job(
 
 
 def trainer_of(kind: str) -> Callable[..., Loop]:
-    """What trains this kind; both take the same arguments."""
+    """What trains a kind; both take the same arguments."""
     return train_draft_model if kind == DRAFT_MODEL else train_head
 
 

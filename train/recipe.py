@@ -37,6 +37,9 @@ class DataSettings:
         validation_prompts: held-out prompts that are decoded.
         validation_tokens: new tokens for each.
         validation_temperature: 0 for greedy decoding.
+        written_from: share of the run after which the target writes the documents anew behind their beginnings (the MLP
+            speculator's second stage); 1 for never.
+        written_temperature: at which it writes.
     """
 
     row_length: int = 512
@@ -44,12 +47,19 @@ class DataSettings:
     validation_prompts: int = 8
     validation_tokens: int = 64
     validation_temperature: float = 0.0
+    written_from: float = 1.0
+    written_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.row_length < 4:
             raise BadRecipe(f"row_length is at least 4, got {self.row_length}")
         if self.validation_prompts < 0 or self.validation_tokens < 1 or self.validation_temperature < 0:
             raise BadRecipe("validation needs 0 or more prompts, 1 or more tokens, and no negative temperature")
+        if not 0 <= self.written_from <= 1 or self.written_temperature < 0:
+            raise BadRecipe(
+                f"written_from is a share of the run, from 0 to 1, and written_temperature not negative, got "
+                f"{self.written_from:g} and {self.written_temperature:g}"
+            )
 
 
 SECTIONS = ("loop", "objective", "data", "head")

@@ -30,6 +30,7 @@ from specdec.train.checkpoint import write_whole
 from specdec.train.evaluate import Evaluator
 from specdec.train.feature_cache import CachedData
 from specdec.train.features import TargetFeatures, check_packing
+from specdec.train.generated import TwoStages, written_source
 from specdec.train.kinds.eagle import Eagle3Training, EagleTraining
 from specdec.train.kinds.head import HeadTraining
 from specdec.train.kinds.kangaroo import KangarooTraining
@@ -105,7 +106,7 @@ def train_head(
     check_drafts(training)
     loop = Loop(
         training,
-        row_source(documents, recipe),
+        staged_source(training, documents, recipe),
         TargetFeatures(target, training.taps, needs_logits=training.needs_logits),
         recipe.objective,
         recipe.loop,
@@ -114,7 +115,7 @@ def train_head(
             "target": {**fingerprint(model), "weights": weights_sample(model)},
             "head": recipe.head,
             "begin": None if begin_from is None else weights_sample(training.module),
-            "data": {"rows": recipe.data.row_length, "packed": recipe.data.packed, **(data_identity or {})},
+            "data": {**_how_rows_are_made(recipe), **(data_identity or {})},
         },
         evaluate=evaluator(model, prompts, recipe),
         report=report,
@@ -230,6 +231,28 @@ def recompute_layers(module: nn.Module, kind: str) -> None:
         raise BadRecipe(f"{kind} has no decoder layer that could be recomputed; leave --gradient-checkpointing out")
     for part in parts:
         part.recomputed = True
+
+
+def _how_rows_are_made(recipe: Recipe) -> dict[str, Any]:
+    data = recipe.data
+    written = None if data.written_from == 1 else [data.written_from, data.written_temperature]
+    return {"rows": data.row_length, "packed": data.packed, "written": written}
+
+
+def staged_source(training: HeadTraining, documents: Documents, recipe: Recipe) -> Callable[[list[int]], TrainBatch]:
+    """Batches by row number; from `written_from` on the target writes them.
+
+    Raises:
+        BadRecipe: features come from a cache, which knows nothing of text that is not written yet.
+    """
+    fixed, data, loop = row_source(documents, recipe), recipe.data, recipe.loop
+    if data.written_from == 1:
+        return fixed
+    if isinstance(documents, CachedData):
+        raise BadRecipe("text that the target writes while training has no cached features; leave --features out")
+    order = Order(documents.lengths, data.row_length, loop.seed, packed=data.packed)
+    written = written_source(training, documents, order, data.written_temperature)
+    return TwoStages(fixed, written, round(data.written_from * loop.steps) * loop.rows_per_step)
 
 
 def row_source(documents: Documents, recipe: Recipe) -> Callable[[list[int]], TrainBatch]:
