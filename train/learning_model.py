@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from specdec.drafters.directory import DrafterJson, fingerprint, write_drafter_json
 from specdec.optimize import deoptimize
 from specdec.train.batch import TrainBatch
+from specdec.train.kinds.draft_model import in_common, logits_at
 from specdec.train.objective import Objective, Term
 
 
@@ -39,12 +41,11 @@ class LearningModel:
 
         Rows are padded on the right behind their only document, so that the causal mask alone keeps padding out.
         """
-        last = cast(Any, self.module).config.get_text_config(decoder=True).vocab_size - 1
-        ids = batch.ids.clamp(max=last)  # as the drafter reads ids that it lacks
-        output = self.module(input_ids=ids, position_ids=batch.positions, attention_mask=None, use_cache=False)
-        drafted, laws = output.logits[batch.drafts(1)], batch.laws(1)
-        width = min(drafted.shape[-1], self.vocab_size)
-        return [objective.term(1, drafted[:, :width], laws[:, :width])]
+        last = self.live.config.get_text_config(decoder=True).vocab_size - 1
+        read = replace(batch, ids=batch.ids.clamp(max=last))  # as the drafter reads ids that it lacks
+        drafted = logits_at(cast(PreTrainedModel, self.module), read, batch.drafts(1))
+        drafted, laws = in_common(drafted[:, : self.vocab_size], batch.laws(1))
+        return [objective.term(1, drafted, laws)]
 
     def save(self, path: Path) -> None:
         """A drafter directory, in the dtype that drafts."""

@@ -1,6 +1,6 @@
 """Online learning: a drafter that learns from what verification computes anyway (Liu et al., arXiv 2310.07177).
 
-    drafter = specdec.train.LearningDrafter(specdec.load_drafter("path/to/draft", model))
+    drafter = LearningDrafter(specdec.load_drafter("path/to/draft", model))
     specdec.generate(model, **inputs, drafter=drafter)
 
 The output keeps the target's law whatever the weights do. A tree carries the law that its children were drawn from, and
