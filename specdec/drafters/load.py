@@ -18,7 +18,6 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -184,9 +183,7 @@ def _from_path(path: Path, options: dict[str, str], model: PreTrainedModel) -> D
     if (path / "drafter.json").is_file():
         described = read_drafter_json(path)
         check_fingerprint(described, path, model)
-        if options.get("length", described.options.get("length")) != described.options.get("length"):
-            described = replace(described, options=_split_length(described.options)[0])  # another one's options
-        options, length = _split_length({**described.options, **options}, path)
+        options, length = _split_length(_merged(described.options, options), path)
         return _limited(_from_described(path, described, options, model), length)
     options, length = _split_length(options, path)
     if formats.detect(path) is not None:
@@ -209,6 +206,14 @@ def _from_described(path: Path, described: DrafterJson, options: dict[str, str],
     return _draft_model(draft_for(path, model), model, values)
 
 
+def _merged(described: dict[str, str], options: dict[str, str]) -> dict[str, str]:
+    """The options of drafter.json under those of a name; a name with another length drops the options of the first."""
+    word = described.get("length", "none")
+    if word in LENGTHS and options.get("length", word) != word:
+        described = {key: value for key, value in described.items() if key not in options_of(word)}
+    return {**described, **options}
+
+
 def _split_length(options: dict[str, str], path: Path | None = None) -> tuple[dict[str, str], LengthPolicy | None]:
     """The drafter's own options, and the length policy that the others describe; the drafter lies in `path`."""
     options = dict(options)
@@ -219,11 +224,13 @@ def _split_length(options: dict[str, str], path: Path | None = None) -> tuple[di
         raise UnknownDrafter(f"there is no length {word!r}; the ones there are: none, {', '.join(LENGTHS)}")
     given = {key: options.pop(key) for key in options_of(word) if key in options}
     if path is not None and word == "acceptance" and (path / ACCEPTANCE_HEAD).is_file():
-        given.setdefault("head", str(path / ACCEPTANCE_HEAD))
+        given.setdefault("weights", str(path / ACCEPTANCE_HEAD))
     others = {key for other in LENGTHS for key in options_of(other)} - set(options_of(word))
     for key in options:
         if key in others:
-            raise UnknownDrafter(f"length={word} has no option {key!r}; it has: {', '.join(options_of(word)) or 'none'}")
+            raise UnknownDrafter(
+                f"length={word} has no option {key!r}; it has: {', '.join(options_of(word)) or 'none'}"
+            )
     return options, LENGTHS[word](**typed_options(f"length={word}", LENGTHS[word], given))
 
 

@@ -163,7 +163,8 @@ class Watch:
         rows = torch.arange(parents.shape[0])[:, None]
         at = columns[rows, parents.clamp(min=0)].clamp(min=0)
         log_q = torch.cat(self._log_q, 1)
-        shares = log_q[rows.to(log_q.device), at.to(log_q.device), tree.tokens.to(log_q.device)].exp().cpu()
+        tokens = tree.tokens.to(log_q.device).clamp(max=log_q.shape[2] - 1)  # a root may lie beyond what is guessed
+        shares = log_q[rows.to(log_q.device), at.to(log_q.device), tokens].exp().cpu()
         above = torch.cat(self._traits, 1)[rows, at]
         paths = torch.cat([part.to(shares.dtype) for part in self._paths], 1)[rows, at] * shares
         return Level(tree.depths(), parents.clamp(min=0), live, shares, paths, above)

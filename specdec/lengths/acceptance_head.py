@@ -82,8 +82,9 @@ class AcceptanceHead(nn.Module):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if described.get("format") != FORMAT or json.loads(described["features"]) != list(FEATURES):
                 raise ValueError("another format")
-            head = AcceptanceHead(tensors["layers.0.weight"].shape[0])
-            head.load_state_dict(tensors)
+            with torch.device("meta"):  # initial weights would take numbers from the text's generator
+                head = AcceptanceHead(tensors["layers.0.weight"].shape[0])
+            head.load_state_dict(tensors, assign=True)
         except (OSError, SafetensorError, ValueError, KeyError, IndexError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UnknownDrafter(f"{path} does not hold an acceptance head ({FORMAT}): {reason}") from error
@@ -94,8 +95,8 @@ class AcceptanceLength(LengthPolicy):
     """Stop after the token that makes a rejection too likely.
 
     Args:
-        head: a file that `AcceptanceHead.save` wrote, or the head. None from a name for the one in the drafter's
-            directory.
+        weights: a file that `AcceptanceHead.save` wrote, or the head itself. A drafter's name may leave it out: then it
+            is the one in the drafter's directory.
         stop_above: largest chance of a rejection along the path with which it goes on; the paper's h.
         at_least: levels that are drafted whatever the head says.
 
@@ -105,15 +106,17 @@ class AcceptanceLength(LengthPolicy):
 
     stops = True
 
-    def __init__(self, *, head: str | AcceptanceHead | None = None, stop_above: float = 0.3, at_least: int = 1) -> None:
+    def __init__(
+        self, *, weights: str | AcceptanceHead | None = None, stop_above: float = 0.3, at_least: int = 1
+    ) -> None:
         super().__init__(at_least=at_least)
         if not 0 <= stop_above <= 1 or at_least < 0:
             raise UnknownDrafter(
                 f"length=acceptance takes stop_above from 0 to 1 and at_least >= 0, got {stop_above} and {at_least}"
             )
-        if head is None:
-            raise UnknownDrafter(f"length=acceptance needs head=FILE, or {FILE} in the drafter's directory")
-        self.head = AcceptanceHead.load(Path(head).expanduser()) if isinstance(head, str) else head
+        if weights is None:
+            raise UnknownDrafter(f"length=acceptance needs weights=FILE, or {FILE} in the drafter's directory")
+        self.head = AcceptanceHead.load(Path(weights).expanduser()) if isinstance(weights, str) else weights
         self.stop_above = stop_above
         self._reach = torch.ones(1, 1)  # of the nodes of the last level
 

@@ -1,4 +1,4 @@
-"""What steps cost, learned while decoding: medians of the latest ones, with the calls of `specdec.costs.table.Costs`."""
+"""What steps cost, learned while decoding: medians of the latest, with the calls of `specdec.costs.table.Costs`."""
 
 from __future__ import annotations
 
