@@ -149,7 +149,7 @@ class MedusaDrafter:
         """Logits [B, K, V'] of the first heads."""
         assert self._hidden is not None, "reset and observe come first"
         place = self.head.blocks[0][0].linear.weight  # type: ignore[index, union-attr]
-        return self.head(self._hidden.to(place.device, place.dtype), self.target.lm_head, num_heads)
+        return self.head(self._hidden.to(place.device, place.dtype), self.target.logits_of, num_heads)
 
     def select(self, rows: list[int]) -> None:
         """Keep only these rows' states."""

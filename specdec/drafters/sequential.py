@@ -85,7 +85,7 @@ class SequentialDrafter:
             )  # fmt: skip
         self.policy: GrowthPolicy = grow
         self.taps: tuple[int, ...] = (BEFORE_NORM if self.head.before_norm else target.num_layers,)
-        self._ends = TargetEnds(target.embedding, target.lm_head)
+        self._ends = TargetEnds(target.embedding, target.logits_of)
         self._unread: list[_Unread] = []
         self._context: Context | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from specdec.train.kinds.sequential import CloverTraining, HydraTraining, MLPSpe
 from specdec.train.objective import Objective
 from specdec.train.order import Piece
 from specdec.train.prepared import MemoryData
+from tests.families import tiny_model
 from tests.tiny import make_target
 
 PROMPT, LENGTH, TEXTS = 4, 36, 6
@@ -128,3 +129,20 @@ def test_heads_with_attention_do_not_look_into_the_neighbouring_document(kind: s
     for one, other in zip(packed, separate, strict=True):
         assert one.losses.shape == other.losses.shape
         assert (one.losses - other.losses).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2-sliding", "cohere2-sliding"])
+def test_heads_that_share_the_targets_output_matrix_share_its_scale_and_cap(family: str) -> None:
+    model = tiny_model(family, "eager", layers=2)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)  # far into the cap
+    shared = target_of(model)
+    training = MedusaTraining(shared, num_heads=1)  # fresh heads say what the target says
+    ids = torch.arange(5, 15)[None]
+    output = shared.call((shared.num_layers,), input_ids=ids)
+    hidden = output.taps[shared.num_layers][0]
+    drafter = cast(Any, training.drafter())
+    for got in (training.target_logits(hidden), drafter.head(hidden, shared.logits_of, 1)[:, 0]):
+        assert (got - output.logits[0]).abs().max() < 1e-3
+    raw = shared.lm_head(hidden)
+    assert ((raw - output.logits[0]).abs().max() > 0.1) == (family != "llama")  # the bare matrix would be noticed

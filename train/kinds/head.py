@@ -46,9 +46,9 @@ class HeadTraining:
         raise NotImplementedError
 
     def target_logits(self, hidden: Tensor) -> Tensor:
-        """The target's own output matrix on states [M, D] of any dtype."""
+        """The target's own output matrix on states [M, D] of any dtype, with its family's scale or cap."""
         weight = cast(Any, self.target.lm_head).weight
-        return self.target.lm_head(hidden.to(weight.dtype))
+        return self.target.logits_of(hidden.to(weight.dtype))
 
     def drafter(self) -> Drafter:
         """Drafts with the weights as they are now, in the target's dtype."""
