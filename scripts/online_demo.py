@@ -173,7 +173,7 @@ def _tau(requests: list[Request]) -> float:
 
 def drafter_named(name: str, model: Any, args: argparse.Namespace) -> Drafter:
     """The demo draft model, as it is or learning."""
-    drafter = specdec.load_drafter(f"demo-draft:depth={args.depth},children=drawn", model)
+    drafter = specdec.load_drafter(f"demo-draft:depth={args.depth}", model)
     assert drafter is not None
     if name == "static":
         return drafter
@@ -201,10 +201,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=60, help="in each of the four parts")
     parser.add_argument("--tokens", type=int, default=64, help="new ones for each request")
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--learn-every", type=int, default=128)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--window", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -57,14 +57,14 @@ class LearningRate:
 
     Attributes:
         rate: learning rate.
-        weight_decay, beta1, beta2: as usual.
+        weight_decay, beta1, beta2: beta2 near 1, since steps on few and similar texts are noisy.
         clip: bounds the gradient's norm; 0 does not.
     """
 
     rate: float = 1e-4
     weight_decay: float = 0.0
     beta1: float = 0.9
-    beta2: float = 0.95
+    beta2: float = 0.999
     clip: float = 1.0
 
 

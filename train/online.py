@@ -208,6 +208,7 @@ class LearningDrafter:
 
         Called when the next generation begins; calling it sooner moves the time that learning takes out of that one.
         In background mode it starts the update and returns; what that learns comes in at the next call.
+        In the middle of a generation it does no harm to the text, but the rest of that one teaches nothing.
 
         Raises:
             Exception: whatever went wrong in the background.

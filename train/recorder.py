@@ -54,6 +54,8 @@ class Recorder:
         if committed.nodes is None or committed.tree is None or committed.logits is None:
             self._rows = [self._prompt(row, tokens, committed) for row, tokens in enumerate(committed.tokens)]
             return
+        if not self._rows:
+            return  # closed in the middle of a generation
         at_rows = [row for row, nodes in enumerate(committed.nodes) for _ in nodes]
         at_nodes = [node for nodes in committed.nodes for node in nodes]
         laws = StoredLaws.of(committed.logits[at_rows, at_nodes], self.top_k)
@@ -75,12 +77,17 @@ class Recorder:
 
     def select(self, rows: list[int]) -> list[Passage]:
         """Keep only these rows; returns the passages of the others."""
+        if not self._rows:
+            return []
         ended = [row for number, row in enumerate(self._rows) if number not in rows]
         self._rows = [self._rows[row] for row in rows]
         return self._passages(ended)
 
     def close(self) -> list[Passage]:
-        """The generation is over; returns the passages of all rows."""
+        """The generation is over; returns the passages of all rows.
+
+        What is still to come of a generation that goes on is not taken down.
+        """
         return self.select([])
 
     @torch.inference_mode(False)

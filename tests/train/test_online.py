@@ -245,6 +245,27 @@ def test_the_drafter_that_was_handed_in_and_the_target_keep_their_weights():
     assert all(torch.equal(value, target[name]) for name, value in shared_target().state_dict().items())
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_finishing_and_saving_in_the_middle_of_a_generation_leaves_the_text_alone(batch_size: int, tmp_path: Path):
+    drafter = LearningDrafter(draft_model(), OnlineSettings(**{**vars(FAST), "learn_every": 1}))
+    propose, calls = drafter.propose, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2:
+            drafter.save(tmp_path)
+        return propose(*args)
+
+    drafter.propose = interrupted  # type: ignore[method-assign]
+    plain = shared_target().generate(**prompt(batch_size), max_new_tokens=24, do_sample=False)
+    eos = int(plain[0, 12 + 9]) if batch_size > 1 else None
+    expected = shared_target().generate(**prompt(batch_size), max_new_tokens=24, do_sample=False, eos_token_id=eos)
+    assert run(drafter, 3, batch_size=batch_size, eos_token_id=eos).sequences.tolist() == expected.tolist()
+    assert drafter.learner.updates == 1
+    drafter.finish()
+    assert not drafter.buffer.waiting
+
+
 # --- When it learns -----------------------------------------------------------------------------------------
 
 
