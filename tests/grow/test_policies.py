@@ -191,7 +191,7 @@ def test_limits_hold_whatever_the_room_and_the_vocabulary(word: str, params: Sam
             assert all(len(children) <= vocab for children in tree.shapes[row].children)
 
 
-@pytest.mark.parametrize("word", set(EVERY) - {"fixed", "sequoia"})  # a fixed shape takes the top tokens as they are
+@pytest.mark.parametrize("word", sorted(set(EVERY) - {"fixed", "sequoia"}))  # fixed shapes take the top tokens
 def test_tokens_without_mass_are_never_proposed(word: str) -> None:
     def law(path: tuple[int, ...]) -> Tensor:
         return torch.tensor([-math.inf, 0.3, -math.inf, 0.1, -math.inf])
