@@ -10,7 +10,9 @@ from typing import Any, cast
 import pytest
 import torch
 
+from specdec.api import generate
 from specdec.probe import target_of
+from specdec.stats import DecodeStats
 from specdec.train.batch import TrainBatch
 from specdec.train.evaluate import Evaluator
 from specdec.train.features import TargetFeatures
@@ -86,6 +88,22 @@ def prompts() -> list[list[int]]:
     return [batch().ids[n // 2, n % 2 * LENGTH :][:PROMPT].tolist() for n in range(TEXTS)]
 
 
+def assert_writes_the_targets_text(drafter: Any) -> None:
+    """Greedy text of three rows of unequal length equals plain generate's."""
+    rows = [prompts()[0], [*prompts()[1], 7, 9], prompts()[2][:3]]
+    width = max(map(len, rows))
+    inputs = {
+        "input_ids": torch.tensor([[0] * (width - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+    }
+    settings: dict[str, Any] = {"max_new_tokens": LENGTH - PROMPT, "do_sample": False}
+    plain = target().model.generate(**inputs, **settings)
+    stats = DecodeStats()
+    written = generate(target().model, **inputs, **settings, drafter=drafter, stats=stats)
+    assert torch.equal(cast(torch.Tensor, written), plain)
+    assert 0 < stats.accepted < stats.drafted  # both ways of a decision were taken
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_head_that_knows_the_text_by_heart_drafts_it(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(2)
@@ -102,6 +120,8 @@ def test_a_head_that_knows_the_text_by_heart_drafts_it(kind: str, tmp_path: Path
     options = "".join(f":depth={depth}" for depth in [training.options.get("depth")] if depth)
     loaded = load_drafter(f"{tmp_path / 'drafter'}{options}", target().model)
     assert evaluator.measure(loaded).tau == after
+    # A trained head changes what is proposed, never what is written: rows of a left-padded batch, and accepted drafts.
+    assert_writes_the_targets_text(loaded)
 
 
 @pytest.mark.parametrize("kind", KINDS)
