@@ -1,13 +1,15 @@
 """Train the draft heads that ship with the demo pair, and measure every kind before and after.
 
     python scripts/train_demo_heads.py texts                       # the target writes; about ten minutes on two cores
+    python scripts/train_demo_heads.py features                    # what heads read of it, once for all kinds: 3 GB
     python scripts/train_demo_heads.py train medusa hydra eagle3 kangaroo
     python scripts/train_demo_heads.py table --markdown docs/benchmarks/FILE.md
     python scripts/train_demo_heads.py export medusa hydra eagle3 kangaroo --to specdec/demo
 
 Half of the text is the target's own, sampled at temperatures 0, 0.7 and 1 after beginnings from the standard library's
 source; the other half is that source itself. Modules that the target never saw (HELD_OUT in train_demo.py) give the
-prompts that validation decodes. Everything resumes after an interruption.
+prompts that validation decodes. Without `features` the target runs beside every kind, which takes longer and learns the
+same. Everything resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -33,10 +35,15 @@ import specdec
 from specdec import demo
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.probe import target_of
+from specdec.target import BEFORE_NORM
+from specdec.train.batch import Documents
 from specdec.train.checkpoint import Checkpoints, read_state
 from specdec.train.evaluate import Evaluator
+from specdec.train.feature_cache import CachedData, plan_features, write_features
+from specdec.train.features import stored_taps
+from specdec.train.kinds.head import HeadTraining
 from specdec.train.loop import Score, StepReport
-from specdec.train.prepared import MemoryData
+from specdec.train.prepared import PreparedData, write_prepared
 from specdec.train.recipe import Recipe, recipe_for
 from specdec.train.run import make_training, train_head
 
@@ -57,9 +64,14 @@ SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
 """What differs from a kind's defaults: sizes that suit a target of 7 M, and the trees that validation decodes with."""
 
 
+TAPS = (2, 4, 5, BEFORE_NORM)
+"""What all kinds together read of the target: EAGLE-3's and Kangaroo's layers, and the last state."""
+
+
 def demo_recipe(kind: str, steps: int) -> Recipe:
-    """A kind's recipe for the demo target: rows of 256 tokens, 2048 tokens in a step."""
-    loop = {"steps": steps, "rows_per_step": 8, "rows_at_once": 8, "save_every": 100, "evaluate_every": 200}
+    """A kind's recipe for the demo target: rows of 256 tokens, 1024 tokens in a step, bf16 products."""
+    loop = {"steps": steps, "rows_per_step": 4, "rows_at_once": 4, "bf16": True, "save_every": 100,
+            "evaluate_every": 400}  # fmt: skip
     data = {"row_length": DOCUMENT, "validation_prompts": PROMPTS, "validation_tokens": 48}
     return recipe_for(kind, None, loop=loop, data=data, **SECTIONS[kind])
 
@@ -99,15 +111,36 @@ def write_texts(work: Path) -> None:
             progress.advance(bar)
 
 
-def documents(work: Path) -> MemoryData:
+def documents(work: Path) -> PreparedData:
     """The target's texts and as many tokens of the corpus; every token but a document's first is supervised."""
-    texts = [row.long() for batch in torch.load(work / "texts.pt") for row in batch]
-    corpus = corpus_ids(work, "train")
-    count = sum(map(len, texts)) // DOCUMENT
-    generator = torch.Generator().manual_seed(1)
-    starts = torch.randint(0, len(corpus) - DOCUMENT, (count,), generator=generator).tolist()
-    texts += [corpus[start : start + DOCUMENT].long() for start in starts]
-    return MemoryData([(text, torch.arange(len(text)) > 0) for text in texts])
+    folder = work / "data"
+    if not folder.exists():
+        texts = [row.long() for batch in torch.load(work / "texts.pt") for row in batch]
+        corpus = corpus_ids(work, "train")
+        count = sum(map(len, texts)) // DOCUMENT
+        generator = torch.Generator().manual_seed(1)
+        starts = torch.randint(0, len(corpus) - DOCUMENT, (count,), generator=generator).tolist()
+        texts += [corpus[start : start + DOCUMENT].long() for start in starts]
+        rows = ((text.tolist(), [False, *[True] * (len(text) - 1)]) for text in texts)
+        write_prepared(folder, rows, {"sources": ["the demo target's texts", "the standard library's source"]})
+    return PreparedData(folder)
+
+
+def write_states(work: Path) -> None:
+    """Run the target over all documents once and keep the states that heads read."""
+    data, target = documents(work), target_of(demo_target())
+    plan = plan_features(data, target, TAPS, row_length=DOCUMENT)
+    with Progress() as progress:
+        bar = progress.add_task(f"features, {plan.bytes / 1e9:.1f} GB", total=plan.tokens)
+        write_features(plan, data, target, work / "features", tell=lambda tokens: progress.advance(bar, tokens))
+
+
+def documents_for(training: HeadTraining, work: Path) -> Documents:
+    """The documents with the states that this kind reads, where they are kept; else as they are."""
+    data, cache = documents(work), work / "features"
+    if not set(stored_taps(training.target, training.taps)) <= set(TAPS) or not cache.exists():
+        return data
+    return CachedData(data, cache, training.target, training.taps, row_length=DOCUMENT)
 
 
 def held_out_prompts(work: Path) -> list[list[int]]:
@@ -127,8 +160,8 @@ def train(work: Path, kind: str, steps: int, console: Console) -> None:
     """Train one kind and note what it was worth before and after."""
     recipe, prompts = demo_recipe(kind, steps), held_out_prompts(work)
     out, model = work / kind.replace("+", "p"), demo_target()
-    started, spent = time.monotonic(), _spent(out)
     before = _measure_fresh(recipe, model, prompts, out)
+    started, spent = time.monotonic(), _spent(out)
 
     def report(what: StepReport | Score) -> None:
         if isinstance(what, Score):
@@ -137,7 +170,8 @@ def train(work: Path, kind: str, steps: int, console: Console) -> None:
             alpha = " ".join(f"{a:.2f}" for a in what.alpha)
             console.print(f"{kind} {what.step}: loss {what.loss:.3f}, alpha {alpha}, {what.seconds:.2f} s")
 
-    train_head(recipe, model, documents(work), out, prompts=prompts, report=report)
+    data = documents_for(make_training(recipe, target_of(model)), work)
+    train_head(recipe, model, data, out, prompts=prompts, report=report)
     result = {
         "before": before,
         "after": Evaluator(model, prompts, max_new_tokens=48).measure(_trained(out, model, recipe)).details(),
@@ -240,10 +274,10 @@ def export(work: Path, kinds: list[str], to: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("texts", "train", "table", "export"))
+    parser.add_argument("command", choices=("texts", "features", "train", "table", "export"))
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(SECTIONS))
     parser.add_argument("--work", type=Path, default=Path("build/heads"))
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--to", type=Path, default=Path("specdec/demo"))
@@ -256,6 +290,8 @@ def main() -> None:
     console = Console(width=160)
     if args.command == "texts":
         write_texts(args.work)
+    elif args.command == "features":
+        write_states(args.work)
     elif args.command == "train":
         for kind in args.kinds or SECTIONS:
             train(args.work, kind, args.steps, console)

@@ -1,9 +1,12 @@
 """Distances between a target law p and a draft law q, as training losses.
 
-All take raw logits over the same vocabulary and return one number for each position; reduction is the caller's
+All take the two laws over the same vocabulary and return one number for each position; reduction is the caller's
 business. p never gets a gradient. alpha = sum_v min(p_v, q_v) = 1 - TV(p, q) is the probability that speculative
 sampling accepts a token drawn from q (Leviathan et al., arXiv 2211.17192, theorem 3.5), so TV is the quantity
 that decoding pays for; the others differ in where their gradients are large.
+
+A loss costs passes over memory as wide as the vocabulary. So the laws are normalised once, in `Laws`, for the distance
+and for all that is reported beside it.
 
 Dimensions: M positions, V vocabulary.
 """
@@ -11,10 +14,9 @@ Dimensions: M positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from specdec.errors import BadRecipe
@@ -22,66 +24,91 @@ from specdec.errors import BadRecipe
 SMALLEST_ALPHA = 1e-5
 """-log alpha is cut off here: two laws that share nothing give 11.5, not infinity."""
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
-"""(draft logits [M, V], target logits [M, V]) -> [M]."""
+
+class Laws:
+    """The target's law p and the draft's law q at the same positions, in fp32 at least: bf16 loses the tail of a law.
+
+    Args:
+        draft: logits [M, V].
+        target: logits [M, V]; no gradient reaches them.
+    """
+
+    def __init__(self, draft: Tensor, target: Tensor) -> None:
+        self.log_p = _wide(target.detach()).log_softmax(-1)
+        self.log_q = _wide(draft).log_softmax(-1)
+
+    @cached_property
+    def p(self) -> Tensor:
+        """[M, V]."""
+        return self.log_p.exp()
+
+    @cached_property
+    def q(self) -> Tensor:
+        """[M, V]."""
+        return self.log_q.exp()
+
+    @torch.no_grad()
+    def agree(self) -> Tensor:
+        """[M] bool: both have the same most probable token."""
+        return self.log_q.argmax(-1) == self.log_p.argmax(-1)
 
 
-def forward_kl(draft: Tensor, target: Tensor) -> Tensor:
+Divergence = Callable[[Laws], Tensor]
+"""[M], one number for each position."""
+
+
+def forward_kl(laws: Laws) -> Tensor:
     """KL(p || q) = sum p log(p / q): covers all that the target may say. Gradient q - p in the draft's logits."""
-    log_p, log_q = _laws(draft, target)
-    return (log_p.exp() * _difference(log_p, log_q)).sum(-1)
+    return (laws.p * _difference(laws.log_p, laws.log_q)).sum(-1)
 
 
-def reverse_kl(draft: Tensor, target: Tensor) -> Tensor:
+def reverse_kl(laws: Laws) -> Tensor:
     """KL(q || p) = sum q log(q / p): seeks the target's mode."""
-    log_p, log_q = _laws(draft, target)
-    return (log_q.exp() * _difference(log_q, log_p)).sum(-1)
+    return (laws.q * _difference(laws.log_q, laws.log_p)).sum(-1)
 
 
-def jensen_shannon(draft: Tensor, target: Tensor, beta: float = 0.5) -> Tensor:
+def jensen_shannon(laws: Laws, beta: float = 0.5) -> Tensor:
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (Agarwal et al., arXiv 2306.13649).
 
     Symmetric at beta = 0.5, bounded by log 2 there. Divided by beta it tends to the forward KL as beta tends to 0,
     divided by 1 - beta to the reverse KL as beta tends to 1.
     """
-    log_p, log_q = _laws(draft, target)
+    log_p, log_q = laws.log_p, laws.log_q
     log_beta = torch.tensor(beta, dtype=log_p.dtype, device=log_p.device).log()
     log_rest = torch.tensor(1 - beta, dtype=log_p.dtype, device=log_p.device).log()
     log_m = torch.logaddexp(log_p + log_beta, log_q + log_rest)
-    to_target = (log_p.exp() * _difference(log_p, log_m)).sum(-1)
-    to_draft = (log_q.exp() * _difference(log_q, log_m)).sum(-1)
+    to_target = (laws.p * _difference(log_p, log_m)).sum(-1)
+    to_draft = (laws.q * _difference(log_q, log_m)).sum(-1)
     return beta * to_target + (1 - beta) * to_draft
 
 
-def total_variation(draft: Tensor, target: Tensor) -> Tensor:
+def total_variation(laws: Laws) -> Tensor:
     """TV = 1/2 sum |p - q| = 1 - alpha (DistillSpec, arXiv 2310.08461). Weak gradients while p and q hardly meet."""
-    log_p, log_q = _laws(draft, target)
-    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+    return 0.5 * (laws.p - laws.q).abs().sum(-1)
 
 
-def negative_log_alpha(draft: Tensor, target: Tensor) -> Tensor:
+def negative_log_alpha(laws: Laws) -> Tensor:
     """-log sum min(p, q): TV's gradient over alpha, so that it also moves a draft that starts from nothing."""
-    return -acceptance(draft, target).clamp(min=SMALLEST_ALPHA).log()
+    return -acceptance(laws).clamp(min=SMALLEST_ALPHA).log()
 
 
-def adaptive(draft: Tensor, target: Tensor, decay: float = 3.0) -> Tensor:
+def adaptive(laws: Laws, decay: float = 3.0) -> Tensor:
     """lambda KL(p || q) + (1 - lambda) TV with lambda = exp(-decay alpha), detached (arXiv 2602.23881).
 
     Forward KL while a position is far off, TV where it is nearly right. lambda belongs to each position.
     """
-    weight = torch.exp(-decay * acceptance(draft, target)).detach()
-    return weight * forward_kl(draft, target) + (1 - weight) * total_variation(draft, target)
+    weight = torch.exp(-decay * acceptance(laws)).detach()
+    return weight * forward_kl(laws) + (1 - weight) * total_variation(laws)
 
 
-def cross_entropy(draft: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(laws: Laws) -> Tensor:
     """-log q(argmax p): the target's greedy token as a hard label."""
-    return F.cross_entropy(_wide(draft), target.argmax(-1), reduction="none")
+    return -laws.log_q.gather(-1, laws.log_p.argmax(-1, keepdim=True))[:, 0]
 
 
-def acceptance(draft: Tensor, target: Tensor) -> Tensor:
+def acceptance(laws: Laws) -> Tensor:
     """alpha = sum min(p, q) [M]."""
-    log_p, log_q = _laws(draft, target)
-    return torch.minimum(log_p, log_q).exp().sum(-1)
+    return torch.minimum(laws.p, laws.q).sum(-1)
 
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
@@ -122,13 +149,7 @@ def divergence(spec: str) -> Divergence:
     return partial(DIVERGENCES[name], **{option: value})
 
 
-def _laws(draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """log p and log q in fp32 at least; p without gradient."""
-    return _wide(target.detach()).log_softmax(-1), _wide(draft).log_softmax(-1)
-
-
 def _wide(logits: Tensor) -> Tensor:
-    """In fp32 at least: bf16 logits lose the tail of a law."""
     return logits.to(torch.promote_types(torch.float32, logits.dtype))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import BadRecipe
-from specdec.train.divergence import acceptance, divergence
+from specdec.train.divergence import Laws, acceptance, divergence
 
 POSITIONS_AT_ONCE = 4096
 """Rows of [M, V] in fp32 that a divergence works on at a time; bounds memory for large vocabularies."""
@@ -86,10 +86,11 @@ class Objective:
         distance = divergence(self.divergence)
         losses, alphas, hits = [], [], []
         for q, p in zip(draft.split(POSITIONS_AT_ONCE), target.split(POSITIONS_AT_ONCE), strict=True):
-            losses.append(distance(q / self.temperature, p / self.temperature))
-            with torch.no_grad():
-                alphas.append(acceptance(q, p))
-                hits.append(q.argmax(-1) == p.argmax(-1))
+            laws = Laws(q, p)
+            cooled = laws if self.temperature == 1 else Laws(q / self.temperature, p / self.temperature)
+            losses.append(distance(cooled))
+            alphas.append(acceptance(laws).detach())
+            hits.append(laws.agree())
         if not losses:
             empty = draft.sum(-1)
             return Term(f"depth {depth}", empty, 0.0, empty.detach(), empty.detach().bool(), depth)

@@ -10,6 +10,7 @@ import torch
 from specdec.errors import BadRecipe
 from specdec.train.divergence import (
     DIVERGENCES,
+    Laws,
     acceptance,
     adaptive,
     cross_entropy,
@@ -32,12 +33,12 @@ def logits(seed: int, scale: float = 2.0) -> torch.Tensor:
 @pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "ce"])
 def test_a_draft_that_is_the_target_costs_nothing(name: str) -> None:
     p = logits(0)
-    assert divergence(name)(p + 3.0, p).abs().max() < 1e-12  # logits shifted by a constant are the same law
+    assert divergence(name)(Laws(p + 3.0, p)).abs().max() < 1e-12  # logits shifted by a constant are the same law
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_a_draft_that_differs_costs_something_at_every_position(name: str) -> None:
-    values = divergence(name)(logits(1), logits(0))
+    values = divergence(name)(Laws(logits(1), logits(0)))
     assert values.shape == (ROWS,)
     assert values.min() > 1e-3
 
@@ -46,15 +47,15 @@ def test_a_draft_that_differs_costs_something_at_every_position(name: str) -> No
 def test_gradients_equal_finite_differences_and_the_target_has_none(name: str) -> None:
     draft, target = logits(1).requires_grad_(), logits(0).requires_grad_()
     weight = (
-        (-3.0 * acceptance(draft, target)).exp().detach()
+        (-3.0 * acceptance(Laws(draft, target))).exp().detach()
     )  # adaptive's lambda, which its gradient takes as constant
 
     def loss(q: torch.Tensor) -> torch.Tensor:
         if name == "adaptive":
-            return weight * forward_kl(q, target) + (1 - weight) * total_variation(q, target)
-        return divergence(name)(q, target)
+            return weight * forward_kl(Laws(q, target)) + (1 - weight) * total_variation(Laws(q, target))
+        return divergence(name)(Laws(q, target))
 
-    divergence(name)(draft, target).sum().backward()
+    divergence(name)(Laws(draft, target)).sum().backward()
     assert target.grad is None
     assert draft.grad is not None
     step, numeric = 1e-6, torch.zeros_like(draft)
@@ -69,7 +70,7 @@ def test_gradients_equal_finite_differences_and_the_target_has_none(name: str) -
 
 def test_forward_kl_has_the_gradient_q_minus_p() -> None:
     draft, target = logits(1).requires_grad_(), logits(0)
-    forward_kl(draft, target).sum().backward()
+    forward_kl(Laws(draft, target)).sum().backward()
     assert draft.grad is not None
     assert (draft.grad - (draft.detach().softmax(-1) - target.softmax(-1))).abs().max() < 1e-12
 
@@ -77,43 +78,43 @@ def test_forward_kl_has_the_gradient_q_minus_p() -> None:
 def test_total_variation_is_one_minus_what_speculative_sampling_accepts() -> None:
     p, q = logits(0), logits(1)
     overlap = torch.minimum(p.softmax(-1), q.softmax(-1)).sum(-1)
-    assert (total_variation(q, p) - (1 - overlap)).abs().max() < 1e-12
-    assert (acceptance(q, p) - overlap).abs().max() < 1e-12
-    assert (negative_log_alpha(q, p) + overlap.log()).abs().max() < 1e-12
+    assert (total_variation(Laws(q, p)) - (1 - overlap)).abs().max() < 1e-12
+    assert (acceptance(Laws(q, p)) - overlap).abs().max() < 1e-12
+    assert (negative_log_alpha(Laws(q, p)) + overlap.log()).abs().max() < 1e-12
 
 
 def test_jsd_is_symmetric_at_one_half_bounded_and_tends_to_the_two_kls() -> None:
     p, q = logits(0, 9.0), logits(1, 9.0)
-    assert (jensen_shannon(q, p) - jensen_shannon(p, q)).abs().max() < 1e-12
-    assert jensen_shannon(q, p).max() <= math.log(2) + 1e-12
+    assert (jensen_shannon(Laws(q, p)) - jensen_shannon(Laws(p, q))).abs().max() < 1e-12
+    assert jensen_shannon(Laws(q, p)).max() <= math.log(2) + 1e-12
     p, q = logits(0), logits(1)
-    assert (jensen_shannon(q, p, 1e-6) / 1e-6 - forward_kl(q, p)).abs().max() < 1e-3
-    assert (jensen_shannon(q, p, 1 - 1e-6) / 1e-6 - reverse_kl(q, p)).abs().max() < 1e-3
+    assert (jensen_shannon(Laws(q, p), 1e-6) / 1e-6 - forward_kl(Laws(q, p))).abs().max() < 1e-3
+    assert (jensen_shannon(Laws(q, p), 1 - 1e-6) / 1e-6 - reverse_kl(Laws(q, p))).abs().max() < 1e-3
 
 
 def test_adaptive_lies_between_its_parts_and_turns_into_kl_without_decay() -> None:
     p, q = logits(0), logits(1)
-    kl, tv, mixed = forward_kl(q, p), total_variation(q, p), adaptive(q, p)
+    kl, tv, mixed = forward_kl(Laws(q, p)), total_variation(Laws(q, p)), adaptive(Laws(q, p))
     assert ((mixed >= torch.minimum(kl, tv) - 1e-12) & (mixed <= torch.maximum(kl, tv) + 1e-12)).all()
-    assert (adaptive(q, p, decay=0.0) - kl).abs().max() < 1e-12
+    assert (adaptive(Laws(q, p), decay=0.0) - kl).abs().max() < 1e-12
 
 
 def test_cross_entropy_is_that_of_the_targets_most_probable_token() -> None:
     p, q = logits(0), logits(1)
     expected = -q.log_softmax(-1)[torch.arange(ROWS), p.argmax(-1)]
-    assert (cross_entropy(q, p) - expected).abs().max() < 1e-6
+    assert (cross_entropy(Laws(q, p)) - expected).abs().max() < 1e-6
 
 
 def test_minus_log_alpha_stays_finite_where_the_laws_share_nothing() -> None:
     p, q = torch.tensor([[60.0, -60.0]]), torch.tensor([[-60.0, 60.0]])
-    assert float(negative_log_alpha(q, p)) == pytest.approx(-math.log(1e-5), rel=1e-4)
+    assert float(negative_log_alpha(Laws(q, p))) == pytest.approx(-math.log(1e-5), rel=1e-4)
 
 
 def test_tokens_that_the_target_excludes_cost_nothing_and_give_no_nan() -> None:
     p = logits(0)
     p[:, 3:] = -torch.inf
     draft = logits(1).requires_grad_()
-    values = forward_kl(draft, p) + jensen_shannon(draft, p) + total_variation(draft, p)
+    values = forward_kl(Laws(draft, p)) + jensen_shannon(Laws(draft, p)) + total_variation(Laws(draft, p))
     values.sum().backward()
     assert draft.grad is not None
     assert draft.grad.isfinite().all()
@@ -128,5 +129,5 @@ def test_a_divergence_that_does_not_exist_is_named(spec: str) -> None:
 
 def test_numbers_after_a_colon_arrive() -> None:
     p, q = logits(0), logits(1)
-    assert torch.equal(divergence("jsd:0.3")(q, p), jensen_shannon(q, p, 0.3))
-    assert torch.equal(divergence("adaptive:1")(q, p), adaptive(q, p, 1.0))
+    assert torch.equal(divergence("jsd:0.3")(Laws(q, p)), jensen_shannon(Laws(q, p), 0.3))
+    assert torch.equal(divergence("adaptive:1")(Laws(q, p)), adaptive(Laws(q, p), 1.0))

@@ -16,7 +16,7 @@ from specdec.errors import BadCheckpoint, BadRecipe
 from specdec.sampling import Chooser, SamplingParams
 from specdec.stats import DecodeStats
 from specdec.train.bucket import BucketObjective, with_bucket
-from specdec.train.divergence import DIVERGENCES, divergence
+from specdec.train.divergence import DIVERGENCES, Laws, divergence
 from specdec.train.passage import Passage, lay_out
 from specdec.train.recorder import Recorder
 from specdec.train.replay import ReplayBuffer
@@ -228,12 +228,12 @@ def test_a_filled_bucket_gives_value_and_gradient_of_the_bucket_as_one_outcome(n
         others = log_law.scatter(-1, kept, -torch.inf).logsumexp(-1, keepdim=True)
         return torch.cat([log_law.gather(-1, kept), others], -1)
 
-    filled = distance(draft, with_bucket(draft, target).double())
-    coarse = distance(as_one_outcome(draft.log_softmax(-1)), as_one_outcome(target.log_softmax(-1)))
+    filled = distance(Laws(draft, with_bucket(draft, target).double()))
+    coarse = distance(Laws(as_one_outcome(draft.log_softmax(-1)), as_one_outcome(target.log_softmax(-1))))
     assert torch.allclose(filled, coarse, atol=1e-5)
     one, other = (torch.autograd.grad(value.sum(), draft)[0] for value in (filled, coarse))
     assert torch.allclose(one, other, atol=1e-5)
-    assert (distance(draft, laws().double()) >= coarse - 0.01).all(), "a coarser law is never further away"
+    assert (distance(Laws(draft, laws().double())) >= coarse - 0.01).all(), "a coarser law is never further away"
 
 
 def test_renormalised_top_tokens_would_push_down_what_nothing_is_known_of():
@@ -243,7 +243,7 @@ def test_renormalised_top_tokens_would_push_down_what_nothing_is_known_of():
     cut = logits.detach().masked_fill(stored.dense() == stored.dense().amin(-1, keepdim=True), -torch.inf)
     objective = BucketObjective()
     still = torch.autograd.grad(objective.term(1, logits, stored.dense()).total, logits)[0]
-    moved = torch.autograd.grad(divergence("forward-kl")(logits, cut).sum(), logits)[0]
+    moved = torch.autograd.grad(divergence("forward-kl")(Laws(logits, cut)).sum(), logits)[0]
     assert still.abs().max() < 0.005, "fp16"
     assert moved.abs().max() > 0.05
 
