@@ -4,7 +4,7 @@
     python scripts/train_demo_heads.py features                    # what heads read of it, once for all kinds: 3 GB
     python scripts/train_demo_heads.py train medusa hydra eagle3 kangaroo
     python scripts/train_demo_heads.py table --markdown docs/benchmarks/FILE.md
-    python scripts/train_demo_heads.py export medusa hydra eagle3 kangaroo --to specdec/demo
+    python scripts/train_demo_heads.py export medusa hydra eagle3 kangaroo
 
 Half of the text is the target's own, sampled at temperatures 0, 0.7 and 1 after beginnings from the standard library's
 source; the other half is that source itself. Modules that the target never saw (HELD_OUT in train_demo.py) give the
@@ -29,7 +29,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from train_demo import Corpus
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import specdec
 from specdec import demo
@@ -38,9 +38,11 @@ from specdec.probe import target_of
 from specdec.target import BEFORE_NORM
 from specdec.train.batch import Documents
 from specdec.train.checkpoint import Checkpoints, read_state
+from specdec.train.distill import train_draft_model
 from specdec.train.evaluate import Evaluator
 from specdec.train.feature_cache import CachedData, plan_features, write_features
 from specdec.train.features import stored_taps
+from specdec.train.kinds.draft_model import DraftModelTraining
 from specdec.train.kinds.head import HeadTraining
 from specdec.train.loop import Score, StepReport
 from specdec.train.prepared import PreparedData, write_prepared
@@ -60,6 +62,7 @@ SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "eagle": {"head": {"options": {"depth": 4, "budget": 12}}},
     "eagle3": {"head": {"steps": 4, "own_lm_head": False, "options": {"depth": 4, "budget": 12}}},
     "kangaroo": {"head": {"options": {"depth": 4}}},
+    "draft-model": {"head": {"options": {"depth": 4, "budget": 12}}},
 }
 """What differs from a kind's defaults: sizes that suit a target of 7 M, and the trees that validation decodes with."""
 
@@ -135,7 +138,16 @@ def write_states(work: Path) -> None:
         write_features(plan, data, target, work / "features", tell=lambda tokens: progress.advance(bar, tokens))
 
 
-def documents_for(training: HeadTraining, work: Path) -> Documents:
+def untrained(recipe: Recipe, model: Any) -> HeadTraining | DraftModelTraining:
+    """A kind before its first step; the draft model has the shape of the one that ships, and random weights."""
+    torch.manual_seed(recipe.loop.seed)
+    if recipe.kind != "draft-model":
+        return make_training(recipe, target_of(model))
+    draft = LlamaForCausalLM(LlamaConfig.from_pretrained(demo.draft_path())).float().eval()
+    return DraftModelTraining(target_of(model), draft, options=recipe.head["options"])
+
+
+def documents_for(training: HeadTraining | DraftModelTraining, work: Path) -> Documents:
     """The documents with the states that this kind reads, where they are kept; else as they are."""
     data, cache = documents(work), work / "features"
     if not set(stored_taps(training.target, training.taps)) <= set(TAPS) or not cache.exists():
@@ -170,12 +182,16 @@ def train(work: Path, kind: str, steps: int, console: Console) -> None:
             alpha = " ".join(f"{a:.2f}" for a in what.alpha)
             console.print(f"{kind} {what.step}: loss {what.loss:.3f}, alpha {alpha}, {what.seconds:.2f} s")
 
-    data = documents_for(make_training(recipe, target_of(model)), work)
-    train_head(recipe, model, data, out, prompts=prompts, report=report)
+    fresh = untrained(recipe, model)
+    data = documents_for(fresh, work)
+    if isinstance(fresh, DraftModelTraining):
+        train_draft_model(recipe, model, data, out, draft=fresh.module, prompts=prompts, report=report)
+    else:
+        train_head(recipe, model, data, out, prompts=prompts, report=report)
     result = {
         "before": before,
-        "after": Evaluator(model, prompts, max_new_tokens=48).measure(_trained(out, model, recipe)).details(),
-        "parameters": _parameters(recipe, model),
+        "after": Evaluator(model, prompts, max_new_tokens=48).measure(specdec.load_drafter(best(out), model)).details(),
+        "parameters": sum(parameter.numel() for parameter in fresh.module.parameters()),
         "steps": recipe.loop.steps,
         "minutes": round((time.monotonic() - started + spent) / 60, 1),
         "settings": recipe.resolved(),
@@ -194,27 +210,15 @@ def _measure_fresh(recipe: Recipe, model: Any, prompts: list[list[int]], out: Pa
     """The untrained drafter's numbers, measured once."""
     file = out / "before.json"
     if not file.exists():
-        torch.manual_seed(recipe.loop.seed)
-        measured = Evaluator(model, prompts, max_new_tokens=48).measure(
-            make_training(recipe, target_of(model)).drafter()
-        )
+        measured = Evaluator(model, prompts, max_new_tokens=48).measure(untrained(recipe, model).drafter())
         out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(measured.details()))
     return json.loads(file.read_text())
 
 
-def _trained(out: Path, model: Any, recipe: Recipe) -> Any:
-    options = ",".join(f"{key}={value}" for key, value in recipe.head.get("options", {}).items())
-    return specdec.load_drafter(f"{best(out)}:{options}" if options else best(out), model)
-
-
 def best(out: Path) -> Path:
     """The drafter directory of the checkpoint with the best tau."""
     return out / "best" / "drafter"
-
-
-def _parameters(recipe: Recipe, model: Any) -> int:
-    return sum(parameter.numel() for parameter in make_training(recipe, target_of(model)).module.parameters())
 
 
 def table(work: Path, markdown: Path | None, console: Console) -> None:
@@ -280,7 +284,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--to", type=Path, default=Path("specdec/demo"))
+    parser.add_argument("--to", type=Path, default=Path("specdec/demo/heads"))
     args = parser.parse_args()
     unknown = sorted(set(args.kinds) - set(SECTIONS))
     if unknown:

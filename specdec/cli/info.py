@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from specdec import formats
+from specdec import demo, formats
 from specdec.cli.console import out
 from specdec.cli.model import DEMO_MODELS, load_model
 from specdec.cli.options import Json
@@ -28,7 +28,8 @@ def info(
     path: Annotated[
         str,
         typer.Argument(
-            help="A model, a drafter or a draft head in any format; or [bold]demo[/bold] or [bold]demo-draft[/bold].",
+            help="A model, a drafter or a draft head in any format; or [bold]demo[/bold], "
+            "[bold]demo-draft[/bold] or another word of what ships.",
             show_default=False,
         ),
     ],
@@ -53,7 +54,7 @@ def info(
 
 def describe(name: str) -> dict[str, Any]:
     """Facts about a drafter directory, a draft head, a model, or what lies together in one directory."""
-    folder = Path(name).expanduser()
+    folder = demo.HEADS.get(name, Path(name).expanduser())
     facts: dict[str, Any] = {}
     if name not in DEMO_MODELS and folder.exists() and formats.detect(folder) is not None:
         checkpoint = formats.read(folder)

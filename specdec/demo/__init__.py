@@ -1,10 +1,12 @@
-"""The pair that ships with specdec: a small target, a draft model, and prompts from held-out code."""
+"""What ships with specdec: a small target, a draft model and draft heads for it, and prompts from held-out code."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+HEADS = {f"demo-{kind}": FOLDER / "heads" / kind for kind in ("medusa", "hydra", "eagle3", "kangaroo")}
+"""Names of the draft heads that ship, and their directories."""
 
 
 def target_path() -> Path:

@@ -5,6 +5,7 @@ suffix:budget=12,branches=2       suffix automaton
 recycling:budget=15               token recycling
 early-exit:layer=2,depth=3        the target's own first layers
 demo-draft:depth=4,budget=12      the draft model that ships with specdec
+demo-eagle3:depth=4,budget=12     a draft head that ships: demo-medusa, demo-hydra, demo-eagle3, demo-kangaroo
 path/to/model:depth=4,budget=12   a draft model
 path/to/drafter                   a directory with drafter.json
 path/to/run                       the best drafter of a training run, which is in path/to/run/drafter
@@ -25,8 +26,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from specdec import formats
-from specdec.demo import draft_path
+from specdec import demo, formats
 from specdec.drafter import Drafter
 from specdec.drafters.block import BlockDrafter
 from specdec.drafters.directory import DrafterJson, check_fingerprint, read_drafter_json
@@ -110,7 +110,7 @@ def load_drafter(spec: Drafter | PreTrainedModel | str | Path | None, model: Pre
     if name in WORDS:
         options, length = _split_length(options)
         return _limited(_from_word(name, options, model), length)
-    return _from_path(Path(name).expanduser(), options, model)
+    return _from_path(demo.HEADS.get(name, Path(name).expanduser()), options, model)
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
@@ -164,7 +164,7 @@ def check_fits(drafter: Drafter, model: PreTrainedModel) -> None:
 def _from_word(name: str, options: dict[str, str], model: PreTrainedModel) -> Drafter:
     values = typed_options(name, WORDS[name], options)
     if name == "demo-draft":
-        return _draft_model(draft_for(draft_path(), model), model, values)
+        return _draft_model(draft_for(demo.draft_path(), model), model, values)
     if name == "early-exit":
         return EarlyExitDrafter(target_of(model), **values)
     if name == "recycling":
@@ -174,9 +174,10 @@ def _from_word(name: str, options: dict[str, str], model: PreTrainedModel) -> Dr
 
 def _from_path(path: Path, options: dict[str, str], model: PreTrainedModel) -> Drafter:
     if not path.exists():
-        close = difflib.get_close_matches(str(path).partition(":")[0], WORDS, n=1)
+        known = sorted([*WORDS, *demo.HEADS])
+        close = difflib.get_close_matches(str(path).partition(":")[0], known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        words = ", ".join(sorted(WORDS))
+        words = ", ".join(known)
         raise UnknownDrafter(f"no drafter {str(path)!r}: neither a known word ({words}) nor an existing path{hint}")
     if not (path / "drafter.json").is_file() and (path / "drafter").is_dir():  # of a training run: its best drafter
         path = path / "drafter"

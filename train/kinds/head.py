@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from specdec.drafter import Drafter
-from specdec.drafters.directory import fingerprint
+from specdec.drafters.directory import fingerprint, read_drafter_json, write_drafter_json
 from specdec.drafters.load import HEAD_DRAFTERS
 from specdec.formats import write
 from specdec.formats.checkpoint import HeadCheckpoint
@@ -68,5 +69,7 @@ class HeadTraining:
         }
 
     def save(self, path: Path) -> None:
-        """Write a drafter directory that `load_drafter` takes."""
+        """Write a drafter directory that `load_drafter` takes; it drafts with the options of the validation."""
         write(self.checkpoint(), path)
+        options = {key: str(value) for key, value in self.options.items()}
+        write_drafter_json(path, replace(read_drafter_json(path), options=options))
