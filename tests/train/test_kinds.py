@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from specdec.api import generate
+from specdec.drafters.load import load_drafter
 from specdec.probe import target_of
 from specdec.stats import DecodeStats
 from specdec.train.batch import TrainBatch
@@ -115,10 +116,7 @@ def test_a_head_that_knows_the_text_by_heart_drafts_it(kind: str, tmp_path: Path
     after = evaluator.measure(training.drafter()).tau
     assert after > 2.9 > 2.0 > before, f"tau went from {before:.2f} to {after:.2f}"
     training.save(tmp_path / "drafter")
-    from specdec.drafters.load import load_drafter
-
-    options = "".join(f":depth={depth}" for depth in [training.options.get("depth")] if depth)
-    loaded = load_drafter(f"{tmp_path / 'drafter'}{options}", target().model)
+    loaded = load_drafter(tmp_path / "drafter", target().model)  # drafts with the options of the validation
     assert evaluator.measure(loaded).tau == after
     # A trained head changes what is proposed, never what is written: rows of a left-padded batch, and accepted drafts.
     assert_writes_the_targets_text(loaded)
