@@ -1,6 +1,6 @@
 """Distil the demo draft model: four divergences on three sources of text, measured before and after.
 
-    python scripts/distill_demo.py                                  # about an hour and a half on two idle cores
+    python scripts/distill_demo.py                                  # about half an hour on two idle cores
     python scripts/distill_demo.py --steps 5 --prompts 2 --work build/try       # does it run?
     python scripts/distill_demo.py --only jsd:0.5/draft             # one cell
     python scripts/distill_demo.py --markdown docs/benchmarks/FILE.md           # the table of what has been measured
@@ -51,8 +51,9 @@ DEPTH = 4
 
 
 def recipe(divergence: str, source: str, steps: int) -> Recipe:
-    """2048 tokens in a step; a quarter of each written document is the beginning that it was given."""
-    loop = {"steps": steps, "rows_per_step": 8, "rows_at_once": 8, "learning_rate": 5e-4, "save_every": 25}
+    """1024 tokens in a step; a quarter of each written document is the beginning that it was given."""
+    loop = {"steps": steps, "rows_per_step": 4, "rows_at_once": 4, "bf16": True, "learning_rate": 5e-4,
+            "save_every": 25}  # fmt: skip
     return DEFAULT_RECIPE.changed(
         {
             "loop": {**loop, "warmup": min(20, steps // 10)},
