@@ -245,31 +245,40 @@ def causal_in_block(mask: Tensor, length: int) -> Tensor:
     return mask.masked_fill(later, torch.finfo(mask.dtype).min)
 
 
-def anchored_masks(config: DFlashConfig, anchors: Tensor, length: int, dtype: torch.dtype) -> Masks:
+def anchored_masks(
+    config: DFlashConfig, anchors: Tensor, length: int, dtype: torch.dtype, *, documents: Tensor | None = None
+) -> Masks:
     """Masks for many blocks in one training forward: each sees the text before its anchor, and itself.
 
     A window is counted from each query, as when drafting.
 
     Args:
         config: kinds of the layers.
-        anchors: positions [A] in a text of `length` tokens, whose features are the first columns.
+        anchors: columns [A] or [B, A] in texts of `length` tokens, whose features are the first columns.
         length: S.
         dtype: of the mask.
+        documents: [B, S], which document of a packed row a token belongs to; a block sees its anchor's alone. None
+            for one document.
 
     Returns:
-        [1, 1, A * Q, S + A * Q] for each kind of layer.
+        [B or 1, 1, A * Q, S + A * Q] for each kind of layer.
     """
+    anchors = torch.atleast_2d(anchors)
+    rows, count = anchors.shape
     slot = torch.arange(config.block_size, device=anchors.device)
-    positions = (anchors[:, None] + slot).flatten()
-    block = torch.arange(len(anchors), device=anchors.device).repeat_interleave(config.block_size)
+    columns = (anchors[..., None] + slot).flatten(1)
+    block = torch.arange(count, device=anchors.device).repeat_interleave(config.block_size)
     text = torch.arange(length, device=anchors.device)
-    before = text < anchors[block][:, None]
+    before = text < anchors[:, block, None]
+    if documents is not None:
+        before = before & (documents[:, None] == documents.gather(1, anchors)[:, block, None])
     same = block[:, None] == block
+    slots = slot.repeat(count)
     masks = {}
     for kind in dict.fromkeys(config.layer_kinds):
-        seen = before if kind == FULL else before & (positions[:, None] - text < cast(int, config.sliding_window))
-        within = same & (positions[:, None] >= positions) if config.is_causal(kind) else same
-        hidden = ~torch.cat([seen, within], 1)
+        seen = before if kind == FULL else before & (columns[..., None] - text < cast(int, config.sliding_window))
+        within = same & (slots[:, None] >= slots) if config.is_causal(kind) else same
+        hidden = ~torch.cat([seen, within.expand(rows, -1, -1)], -1)
         mask = torch.zeros(hidden.shape, dtype=dtype, device=anchors.device)
-        masks[kind] = mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
+        masks[kind] = mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
     return masks

@@ -16,6 +16,9 @@ from specdec.train.order import Piece, Row, derived_seed
 PADDING = -1
 """`documents` of columns that hold no token."""
 
+Places = Tensor | tuple[Tensor, Tensor]
+"""Of a [R, S] tensor."""
+
 
 @dataclass(frozen=True)
 class Document:
@@ -81,8 +84,12 @@ class TrainBatch:
 
     def laws(self, ahead: int) -> Tensor:
         """The target's logits [M, V] of token t + ahead at the M positions t of `drafts(ahead)`."""
+        return self.laws_at(self.stands(ahead))
+
+    def laws_at(self, places: Places) -> Tensor:
+        """The target's logits [M, V] that stand at these places: bool [R, S], or M rows and M columns."""
         assert self.logits is not None, "features with logits come first"
-        return self.logits[self.stands(ahead)]
+        return self.logits[places]
 
     def stands(self, ahead: int) -> Tensor:
         """Bool [R, S]: where the target's own laws of the tokens of `drafts(ahead)` stand, in the same order."""

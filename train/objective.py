@@ -32,6 +32,7 @@ class Term:
         alpha: [M] acceptance sum min(p, q) at the same positions, without gradient; None where there is no law.
         hits: [M] bool, draft and target agree on the most probable token; None where there is no law.
         depth: 1, 2, ... of the drafted token; 0 for a term that drafts nothing.
+        position_weights: [M] constants beside the weight; None for 1 everywhere.
     """
 
     name: str
@@ -40,11 +41,13 @@ class Term:
     alpha: Tensor | None = None
     hits: Tensor | None = None
     depth: int = 0
+    position_weights: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
         """Weighted sum over positions."""
-        return self.weight * self.losses.sum()
+        losses = self.losses if self.position_weights is None else self.losses * self.position_weights
+        return self.weight * losses.sum()
 
 
 @dataclass(frozen=True)
@@ -94,33 +97,29 @@ class Objective:
         if not losses:
             empty = draft.sum(-1)
             return Term(f"depth {depth}", empty, 0.0, empty.detach(), empty.detach().bool(), depth)
-        values = torch.cat(losses)
-        if position_weights is not None:
-            values = values * position_weights
         return Term(
-            f"depth {depth}", values, weight * self.decay ** (depth - 1), torch.cat(alphas), torch.cat(hits), depth
-        )
+            f"depth {depth}", torch.cat(losses), weight * self.decay ** (depth - 1), torch.cat(alphas), torch.cat(hits),
+            depth, position_weights,
+        )  # fmt: skip
 
 
-def confidence_weights(draft: list[Tensor], tokens: list[Tensor], smoothing: float = 0.5) -> list[Tensor]:
-    """D-PACE's weights for a block of K depths at the same M positions (arXiv 2605.18810).
+def confidence_weights(confidence: Tensor, counts: Tensor, smoothing: float = 0.5) -> Tensor:
+    """D-PACE's weights for blocks of K depths behind M positions (arXiv 2605.18810).
 
     With q'_m = (1 - a) q_m + a, where q_m is the draft's probability of the token that came at depth m, depth j
     weighs sum_{m >= j} prod_{i <= m} q'_i: what the expected accepted length loses when depth j fails. No gradient.
 
     Args:
-        draft: K logits [M, V].
-        tokens: K ids [M] that the target's text has there.
+        confidence: q, [K, M].
+        counts: bool [K, M], True down to where the text behind a position ends; deeper ones add nothing to a sum.
         smoothing: a.
 
     Returns:
-        K weights [M].
+        [K, M].
     """
-    with torch.no_grad():
-        chosen = [q.float().softmax(-1).gather(-1, t[:, None])[:, 0] for q, t in zip(draft, tokens, strict=True)]
-        smooth = (1 - smoothing) * torch.stack(chosen) + smoothing
-        reach = smooth.cumprod(0)
-        return list(reach.flip(0).cumsum(0).flip(0))
+    smooth = (1 - smoothing) * confidence.detach() + smoothing
+    reach = smooth.cumprod(0) * counts
+    return reach.flip(0).cumsum(0).flip(0)
 
 
 def hardest(losses: Tensor, reference: Tensor, share: float) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.train.batch import PADDING, TrainBatch
+from specdec.train.batch import PADDING, Places, TrainBatch
 from specdec.train.order import derived_seed
 from specdec.train.stored_laws import StoredLaws
 
@@ -60,10 +60,10 @@ class ReplayBatch(TrainBatch):
     stored: StoredLaws | None = None
     places: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
 
-    def laws(self, ahead: int) -> Tensor:
+    def laws_at(self, places: Places) -> Tensor:
         """As in TrainBatch; only laws that are asked for take the room of a whole vocabulary."""
         assert self.stored is not None, "made by `lay_out`"
-        return self.stored.select(self.places[self.stands(ahead)]).dense()
+        return self.stored.select(self.places[places]).dense()
 
     def to(self, device: torch.device) -> ReplayBatch:
         """The same batch on a device."""

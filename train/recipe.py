@@ -161,6 +161,7 @@ DEFAULTS: dict[str, Recipe] = {
     "hydra++": Recipe("hydra++", _loop(5e-4), Objective(decay=0.9), head={"num_layers": 4}),
     "clover": Recipe("clover", _loop(1e-3), Objective(decay=0.7)),
     "mlp-speculator": Recipe("mlp-speculator", _loop(1e-3, warmup=100), Objective("ce")),
+    "dflash": Recipe("dflash", _loop(6e-4)),
     "eagle": Recipe("eagle", _loop(5e-4, clip=0.5)),
     "eagle3": Recipe("eagle3", _loop(5e-4, clip=0.5), Objective(decay=0.8)),
     "kangaroo": Recipe("kangaroo", _loop(1e-3)),

@@ -31,6 +31,7 @@ from specdec.train.evaluate import Evaluator
 from specdec.train.feature_cache import CachedData
 from specdec.train.features import TargetFeatures, check_packing
 from specdec.train.generated import TwoStages, written_source
+from specdec.train.kinds.dflash import DFlashTraining
 from specdec.train.kinds.eagle import Eagle3Training, EagleTraining
 from specdec.train.kinds.head import HeadTraining
 from specdec.train.kinds.kangaroo import KangarooTraining
@@ -47,6 +48,7 @@ HEADS: dict[str, Callable[..., HeadTraining]] = {
     "hydra++": lambda target, **options: HydraTraining(target, prefix=True, **options),
     "clover": CloverTraining,
     "mlp-speculator": MLPSpeculatorTraining,
+    "dflash": DFlashTraining,
     "eagle": EagleTraining,
     "eagle3": Eagle3Training,
     "kangaroo": KangarooTraining,
@@ -150,7 +152,7 @@ def make_training(recipe: Recipe, target: Target, begin_from: Path | None = None
         raise BadRecipe(f"[head] of {recipe.kind}: {error}") from error
 
 
-NOT_OF_THE_HEAD = {"options", "steps", "noise", "feature_weight", "law_weight"}
+NOT_OF_THE_HEAD = {"options", "steps", "noise", "feature_weight", "law_weight", "anchors", "weights"}
 """[head] settings of training; all others decide what the head is, which a head that is there has decided already."""
 
 

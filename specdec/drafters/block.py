@@ -60,7 +60,7 @@ class BlockDrafter:
         config = head.config
         require_fit("this DFlash head", target, hidden_size=config.hidden_size, vocab_size=config.vocab_size,
                     taps=config.taps)  # fmt: skip
-        _require_embedding(target, config.hidden_size)
+        require_embedding(target, config.hidden_size)
         depth = config.max_depth if depth is None else depth
         if depth > config.max_depth:
             raise UnknownDrafter(
@@ -130,8 +130,12 @@ class BlockDrafter:
             self._context.select(rows)
 
 
-def _require_embedding(target: Target, hidden_size: int) -> None:
-    """The head reads the target's raw embeddings, which some families keep in another width."""
+def require_embedding(target: Target, hidden_size: int) -> None:
+    """Refuse a target whose raw embeddings, which the head reads, are of another width; some families have such.
+
+    Raises:
+        DrafterMismatch: says which width.
+    """
     weight = getattr(target.embedding, "weight", None)
     if weight is None or weight.shape[1] != hidden_size:
         width = "none" if weight is None else str(weight.shape[1])
