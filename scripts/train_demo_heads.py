@@ -59,6 +59,16 @@ SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "hydra++": {"loop": {"learning_rate": 2e-3}, "head": {"num_heads": 4, "num_layers": 2, "options": {"budget": 12}}},
     "clover": {"loop": {"learning_rate": 3e-3}, "head": {"num_heads": 4, "options": {"budget": 12}}},
     "mlp-speculator": {"loop": {"learning_rate": 3e-3}, "head": {"num_heads": 3, "options": {"budget": 10}}},
+    "dflash": {
+        "loop": {"learning_rate": 3e-3},
+        "head": {
+            "num_layers": 2,
+            "num_taps": 3,
+            "block_size": 8,
+            "anchors": 32,
+            "options": {"budget": 12, "grow": "best-first"},
+        },
+    },
     "eagle": {"loop": {"learning_rate": 3e-3}, "head": {"options": {"depth": 4, "budget": 12}}},
     "eagle3": {
         "loop": {"learning_rate": 3e-3},

@@ -171,7 +171,7 @@ def test_the_same_command_gives_the_same_bytes(folder: Path, tmp_path: Path):
     assert not same(folder / "whole", tmp_path / "other")
 
 
-@pytest.mark.parametrize("kind", ["hydra", "eagle3", "kangaroo", "mlp-speculator"])
+@pytest.mark.parametrize("kind", ["hydra", "dflash", "eagle3", "kangaroo", "mlp-speculator"])
 def test_other_kinds_need_no_flag_either(folder: Path, tmp_path: Path, kind: str):
     finished(train(folder, tmp_path / "run", "--steps", 2, kind=kind))
     model = AutoModelForCausalLM.from_pretrained(folder / "target")
@@ -300,8 +300,9 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_agree_with_one_stop_together_and_go_on(folder: Path, tmp_path: Path):
-    arguments = ("train", "medusa", folder / "target", folder / "whole/data", "--out", tmp_path / "run", *SMALL)
+@pytest.mark.parametrize("kind", ["medusa", "dflash"])
+def test_two_processes_agree_with_one_stop_together_and_go_on(folder: Path, tmp_path: Path, kind: str):
+    arguments = ("train", kind, folder / "target", folder / "whole/data", "--out", tmp_path / "run", *SMALL)
     arguments = (*arguments, "--processes", 2, "--json", "--threads", 1, "--steps", 30, "--evaluate-every", 0)
     process = start(*arguments)
     assert process.stdout is not None
@@ -317,11 +318,11 @@ def test_two_processes_agree_with_one_stop_together_and_go_on(folder: Path, tmp_
     assert errors == f"specdec: stopped and saved after step {last['step']} of 30; the same command goes on\n"
     output, errors = start(*arguments).communicate(timeout=240)
     assert json.loads(output.splitlines()[-1])["step"] == 30, errors
-    one = finished(train(folder, tmp_path / "one", "--steps", 30, "--evaluate-every", 0))
+    one = finished(train(folder, tmp_path / "one", "--steps", 30, "--evaluate-every", 0, kind=kind))
     assert one.exit_code == 0
     alone, together = losses(tmp_path / "one"), losses(tmp_path / "run")
     assert alone == pytest.approx(together, rel=1e-4)
-    result = train(folder, tmp_path / "run", "--steps", 30, "--evaluate-every", 0)
+    result = train(folder, tmp_path / "run", "--steps", 30, "--evaluate-every", 0, kind=kind)
     failed(result, 1, "processes 1 (checkpoint: 2)")
 
 

@@ -76,7 +76,7 @@ def test_cached_and_in_process_features_agree_to_rounding(tmp_path: Path, packed
         torch.testing.assert_close(losses(from_cache), losses(in_process), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["medusa", "eagle3"])
+@pytest.mark.parametrize("kind", ["medusa", "dflash", "eagle3"])
 def test_training_from_the_cache_has_the_losses_of_training_in_process(tmp_path: Path, kind: str):
     model = shared_target()
     target, data = target_of(model), prepared(tmp_path / "data")

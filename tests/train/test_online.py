@@ -16,6 +16,7 @@ from specdec import train
 from specdec.api import SpeculativeOutput, generate
 from specdec.bench.fresh import FreshDrafter
 from specdec.drafter import Drafter
+from specdec.drafters.block import BlockDrafter
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
@@ -29,6 +30,7 @@ from specdec.probe import target_of
 from specdec.train import online
 from specdec.train.batch import TrainBatch
 from specdec.train.features import TargetFeatures
+from specdec.train.kinds.dflash import DFlashTraining
 from specdec.train.kinds.eagle import Eagle3Training, EagleTraining
 from specdec.train.kinds.kangaroo import KangarooTraining
 from specdec.train.kinds.medusa import MedusaTraining
@@ -67,6 +69,7 @@ def heads() -> dict[str, Callable[[], Drafter]]:
         "hydra": made(HydraTraining, SequentialDrafter, num_heads=2),
         "hydra++": made(HydraTraining, SequentialDrafter, num_heads=2, prefix=True),
         "clover": made(CloverTraining, SequentialDrafter, num_heads=2, num_layers=1),
+        "dflash": made(DFlashTraining, BlockDrafter, num_layers=1, block_size=4),
         "eagle": made(EagleTraining, EagleDrafter),
         "eagle3": made(Eagle3Training, EagleDrafter),
         "kangaroo": made(KangarooTraining, KangarooDrafter, exit_layer=2),

@@ -117,6 +117,8 @@ def test_a_plan_counts_rows_steps_and_parameters():
         ("medusa", {"num_heads": True}, "num_heads is of type int"),
         ("hydra", {"prefix": True}, "no option 'prefix'"),
         ("medusa", {"target": "demo"}, "no option 'target'"),
+        ("dflash", {"weights": "confidence"}, "weights is of type"),
+        ("dflash", {"anchors": 0.5}, "anchors is of type int"),
         ("eagle3", {"draft_vocab_size": "many"}, "draft_vocab_size"),
         ("eagle", {"noise": "loud"}, "noise is of type float"),
         ("kangaroo", {"options": 3}, "options is of type"),
