@@ -185,7 +185,7 @@ def check_options(kind: str, options: dict[str, Any]) -> None:
         if name not in known:
             raise BadRecipe(f"[head] of {kind} has no option {name!r}; it has {', '.join(sorted(known))}")
         if not _is_a(value, known[name]):
-            raise BadRecipe(f"[head] {name} is of type {_named(known[name])}, got {value!r}")
+            raise BadRecipe(f"[head] {name} is {_described(known[name])}, got {value!r}")
 
 
 def _is_a(value: Any, hint: Any) -> bool:
@@ -200,8 +200,10 @@ def _is_a(value: Any, hint: Any) -> bool:
     return isinstance(value, int | float if kind is float else kind)
 
 
-def _named(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)).replace("typing.", "")
+def _described(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return "of type " + getattr(hint, "__name__", str(hint)).replace("typing.", "")
 
 
 def check_drafts(training: HeadTraining) -> None:

@@ -113,11 +113,11 @@ def test_a_plan_counts_rows_steps_and_parameters():
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("medusa", {"output": "mine"}, "output is of type"),
+        ("medusa", {"output": "mine"}, "output is one of own, one, target"),
         ("medusa", {"num_heads": True}, "num_heads is of type int"),
         ("hydra", {"prefix": True}, "no option 'prefix'"),
         ("medusa", {"target": "demo"}, "no option 'target'"),
-        ("dflash", {"weights": "confidence"}, "weights is of type"),
+        ("dflash", {"weights": "confidence"}, "weights is one of decay, d-pace, equal"),
         ("dflash", {"anchors": 0.5}, "anchors is of type int"),
         ("eagle3", {"draft_vocab_size": "many"}, "draft_vocab_size"),
         ("eagle", {"noise": "loud"}, "noise is of type float"),

@@ -244,7 +244,8 @@ def mask_for(target: Target, chosen: int | None) -> int:
         config: Any = target.config
         pad, end, begin = (getattr(config, f"{name}_token_id", None) for name in ("pad", "eos", "bos"))
         ends = end if isinstance(end, list) else [end]
-        return next(filter(usable, [pad, *ends, begin, *range(target.vocab_size - 1, -1, -1)]))
+        candidates = [pad, *ends, begin, *range(target.vocab_size - 1, -1, -1)]
+        return next(int(token) for token in candidates if usable(token))
     if 0 <= chosen < len(weight) and not usable(chosen):
         raise BadRecipe(
             f"[head] mask_token_id {chosen} has an embedding of zeros, with which the tokens of a block cannot be told "
