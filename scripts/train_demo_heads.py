@@ -63,7 +63,7 @@ SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "loop": {"learning_rate": 3e-3},
         "head": {
             "num_layers": 2,
-            "num_taps": 3,
+            "taps": [2, 4, 5],
             "block_size": 8,
             "anchors": 32,
             "options": {"budget": 12, "grow": "best-first"},
@@ -83,7 +83,7 @@ several times longer."""
 
 
 TAPS = (2, 4, 5, BEFORE_NORM)
-"""What all kinds together read of the target: EAGLE-3's and Kangaroo's layers, and the last state."""
+"""What all kinds together read of the target: EAGLE-3's, DFlash's and Kangaroo's layers, and the last state."""
 
 
 def demo_recipe(kind: str, steps: int) -> Recipe:

@@ -23,7 +23,7 @@ from specdec.heads.dflash import DFlashConfig, DFlashHead
 from specdec.probe import target_of
 from specdec.target import Target
 from specdec.train.batch import TrainBatch
-from specdec.train.divergence import forward_kl
+from specdec.train.divergence import Laws, forward_kl
 from specdec.train.features import TargetFeatures
 from specdec.train.kinds.dflash import Blocks, DFlashTraining, draw_blocks, mask_for, published_decay
 from specdec.train.objective import Objective, Term, confidence_weights
@@ -118,7 +118,7 @@ def plain_losses(learning: DFlashTraining, anchors: dict[tuple[int, int], float]
                 q = [float(drafted[m].softmax(-1)[text[anchor + m + 1]]) for m in range(depth)]
                 reach = [math.prod(0.5 * one + 0.5 for one in q[: m + 1]) for m in range(depth)]
                 by_depth = sum(reach[d - 1 :])
-            losses[d - 1].append(weight * by_depth * float(forward_kl(logits[None], law[None])))
+            losses[d - 1].append(weight * by_depth * float(forward_kl(Laws(logits[None], law[None]))))
     return [torch.tensor(one) for one in losses]
 
 
@@ -322,7 +322,13 @@ def test_the_mask_is_a_token_that_texts_do_not_go_on_from_and_never_an_embedding
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"anchors": 0}, "anchors is 1 or more"), ({"weights": "mine"}, "weights is one of decay")]
+    ("options", "words"),
+    [
+        ({"anchors": 0}, "anchors is 1 or more"),
+        ({"weights": "mine"}, "weights is one of decay"),
+        ({"taps": [1, 5]}, r"hidden states 0 to 4, got \[1, 5\]"),
+        ({"taps": []}, "one or more"),
+    ],
 )
 def test_settings_that_do_not_fit_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(BadRecipe, match=words):

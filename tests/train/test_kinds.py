@@ -38,9 +38,9 @@ KINDS: dict[str, Callable[[Any], HeadTraining]] = {
     "hydra++": lambda target: HydraTraining(target, num_heads=3, num_layers=2, prefix=True),
     "clover": lambda target: CloverTraining(target, num_heads=3),
     "mlp-speculator": lambda target: MLPSpeculatorTraining(target, num_heads=3, inner_size=64, tied=False),
-    "dflash": lambda target: DFlashTraining(target, num_layers=1, num_taps=3, block_size=4, anchors=3 * LENGTH),
+    "dflash": lambda target: DFlashTraining(target, num_layers=1, taps=[2, 3, 4], block_size=4, anchors=3 * LENGTH),
     "dflash of a causal block": lambda target: DFlashTraining(
-        target, num_layers=1, num_taps=3, block_size=3, causal=True, sample_from_anchor=True, weights="d-pace"
+        target, num_layers=1, taps=[2, 3, 4], block_size=3, causal=True, sample_from_anchor=True, weights="d-pace"
     ),
     "eagle": lambda target: EagleTraining(target, steps=3, noise=0.02, law_weight=1.0, options={"depth": 3}),
     "eagle with a gate": lambda target: EagleTraining(
@@ -116,7 +116,7 @@ def test_a_head_that_knows_the_text_by_heart_drafts_it(kind: str, tmp_path: Path
     training = KINDS[kind](target())
     evaluator = Evaluator(target().model, prompts(), max_new_tokens=LENGTH - PROMPT)
     before = evaluator.measure(training.drafter()).tau
-    losses = learn(training)
+    losses = learn(training, 80 if kind.startswith("dflash") else 150)  # all slots of a block learn at once
     assert losses[-1] < 0.5 * losses[0]
     after = evaluator.measure(training.drafter()).tau
     assert after > 2.9 > 2.0 > before, f"tau went from {before:.2f} to {after:.2f}"

@@ -22,14 +22,7 @@ from torch import Tensor
 
 from specdec.drafters.block import require_embedding
 from specdec.errors import BadRecipe
-from specdec.heads.dflash import (
-    DFlashConfig,
-    DFlashHead,
-    InjectedFeatures,
-    anchored_masks,
-    block_ids,
-    default_taps,
-)
+from specdec.heads.dflash import DFlashConfig, DFlashHead, InjectedFeatures, anchored_masks, block_ids
 from specdec.target import Target
 from specdec.train.batch import TrainBatch
 from specdec.train.kinds.head import HeadTraining
@@ -45,7 +38,8 @@ class DFlashTraining(HeadTraining):
         target: probed.
         num_layers: of the head.
         block_size: Q, the anchor included.
-        num_taps: target layers that make a feature; None for as many as the head has layers, as published.
+        taps: the target's hidden states that make a feature, by `hidden_states` index; None for as many as the head
+            has layers, evenly spread as published.
         mask_token_id: what stands for a token to be drafted; None for one that texts end or are padded with.
         causal: block tokens are hidden from earlier ones of their block; not so as published.
         sample_from_anchor: the anchor's slot drafts, too: Q tokens and not Q - 1 (DSpark, arXiv 2607.05147).
@@ -68,7 +62,7 @@ class DFlashTraining(HeadTraining):
         *,
         num_layers: int = 5,
         block_size: int = 16,
-        num_taps: int | None = None,
+        taps: list[int] | None = None,
         mask_token_id: int | None = None,
         causal: bool = False,
         sample_from_anchor: bool = False,
@@ -84,8 +78,8 @@ class DFlashTraining(HeadTraining):
         require_embedding(target, target.hidden_size)
         if head is None:
             fields: dict[str, Any] = {"causal": True} if causal else {}
-            if num_taps is not None:
-                fields["taps"] = default_taps(target.num_layers, num_taps)
+            if taps is not None:
+                fields["taps"] = checked_taps(target, taps)
             head = DFlashHead(
                 DFlashConfig.of(
                     target.config, mask_token_id=mask_for(target, mask_token_id), num_layers=num_layers,
@@ -227,6 +221,19 @@ def published_decay(block_size: int) -> float:
     """
     gamma = block_size / 2 if block_size <= 10 else 5 + (block_size - 10) / 3
     return math.exp(-1 / gamma)
+
+
+def checked_taps(target: Target, taps: list[int]) -> tuple[int, ...]:
+    """The taps, when the target has them.
+
+    Raises:
+        BadRecipe: none, or one that is no hidden state of the target.
+    """
+    if not taps or not all(type(tap) is int and 0 <= tap <= target.num_layers for tap in taps):
+        raise BadRecipe(
+            f"[head] taps are one or more of the target's hidden states 0 to {target.num_layers}, got {taps}"
+        )
+    return tuple(taps)
 
 
 def mask_for(target: Target, chosen: int | None) -> int:
