@@ -135,11 +135,9 @@ class DFlashTraining(HeadTraining):
         if self.weights == "d-pace":
             confidence = torch.zeros_like(weights)
             with torch.no_grad():
-                for depth, drafted in enumerate(logits, start=1):
+                for depth, (drafted, here) in enumerate(zip(logits, blocks.counts, strict=True), start=1):
                     tokens = blocks.tokens(batch, depth)[:, None]
-                    confidence[depth - 1, blocks.counts[depth - 1]] = (
-                        drafted.float().softmax(-1).gather(1, tokens)[:, 0]
-                    )
+                    confidence[depth - 1, here] = drafted.float().softmax(-1).gather(1, tokens)[:, 0]
             weights = weights * confidence_weights(confidence, blocks.counts)
         return [weight[here] for weight, here in zip(weights, blocks.counts, strict=True)]
 
