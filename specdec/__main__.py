@@ -1,6 +1,14 @@
-"""`python -m specdec` is the same as the command `specdec`."""
+"""The command `specdec`, which is the same as `python -m specdec`."""
 
-from specdec.cli import main
+from specdec.interrupt import ends_at_once
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    with ends_at_once():
+        from specdec.cli import main as run
+    run()
+
 
 if __name__ == "__main__":
     main()

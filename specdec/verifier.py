@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from specdec.cache import KVCache
 from specdec.context import Context
-from specdec.optimize import is_packed
+from specdec.packed import is_packed
 from specdec.target import Target, TargetOutput
 from specdec.tree import TokenTree
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from typer.testing import CliRunner
 
 from specdec.cli import app
+from specdec.cli.commands import COMMANDS, command_named
 from specdec.cli.recording import Recording, Side, choose_threads, compare
 from specdec.cli.text import TextStream, text_pieces
 from specdec.demo import prompts, target_path
@@ -131,6 +132,14 @@ def test_no_command_shows_what_there_is():
     assert result.exit_code == 0
     for command in ("demo", "generate", "info", "convert"):
         assert command in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_summary_of_a_command_is_the_one_that_its_own_help_begins_with(command: str):
+    """Summaries are known without importing the commands; here is what keeps them true."""
+    told = " ".join(command_named(command).help.split("\n\n")[0].split())
+    assert told == COMMANDS[command]
+    assert COMMANDS[command].split(". ")[0][:50] in " ".join(run("--help").stdout.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("command", ["demo", "generate", "info", "convert"])
@@ -486,6 +495,50 @@ def start(*arguments: object) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
+
+
+IMPORT_FOREVER = """
+import sys, types
+class Forever:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print("importing", flush=True)
+            while True:
+                try:
+                    sum(range(1000))
+                except BaseException:
+                    pass  # as imports of large libraries do here and there
+sys.meta_path.insert(0, Forever())
+sys.argv = ["specdec", "info", "demo"]
+from specdec.__main__ import main
+main()
+"""
+
+
+def test_ctrl_c_while_torch_is_imported_ends_with_one_line():
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPORT_FOREVER], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert (process.returncode, error.decode().strip()) == (130, "specdec: interrupted")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["--version"], 0), (["--help"], 0), ([], 0), (["frobnicate"], 2), (["--nonsense"], 2)]
+)
+def test_what_needs_no_model_does_not_wait_for_torch(arguments: list[str], status: int):
+    code = f"import sys; sys.modules['torch'] = None; sys.argv = ['specdec', *{arguments}]; " \
+           "from specdec.__main__ import main; main()"  # fmt: skip
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == status, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.count("\n") == (status != 0)
 
 
 def test_a_process_ends_as_its_user_wishes(models_folder: Path, tmp_path: Path):

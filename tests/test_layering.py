@@ -16,7 +16,7 @@ OURS = {*FOLDERS, "scripts", "tests", ""}  # "" is what a relative import begins
 
 TREES = {"specdec.tree", "specdec.sampling", "specdec.vocabulary", "specdec.errors"}
 MODELS = {
-    "specdec.optimize",
+    "specdec.packed",
     "specdec.probe",
     "specdec.context",
     "specdec.cache",
@@ -34,8 +34,16 @@ LIBRARY |= {"specdec.environment", "specdec.json_lines", *STEPS, *DRAFTING}
 # The longest matching prefix of a module's name wins ("specdec" stands for specdec/__init__.py alone); the value is
 # what it may import from this project, submodules included. Lower rows know nothing of higher ones.
 MAY_IMPORT: dict[str, set[str]] = {
-    "specdec.__main__": {"specdec.cli"},
-    "specdec.cli": {"specdec", "specdec.bench", "specdec.tuning", "specdec.costs", "specdec.train", *LIBRARY},
+    "specdec.__main__": {"specdec.cli", "specdec.interrupt"},
+    "specdec.cli": {
+        "specdec",
+        "specdec.bench",
+        "specdec.tuning",
+        "specdec.costs",
+        "specdec.train",
+        "specdec.interrupt",
+        *LIBRARY,
+    },
     "specdec.bench": LIBRARY,
     "specdec.tuning": {"specdec.bench", "specdec.costs", *LIBRARY},
     "specdec.costs": LIBRARY,
@@ -43,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specdec.costs.interpolation": set(),
     "specdec": {
         "specdec.api",
-        "specdec.optimize",
+        "specdec.packed",
         "specdec.drafters.load",
         "specdec.drafter",
         "specdec.stats",
@@ -74,13 +82,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specdec.sampling": {"specdec.errors"},
     "specdec.vocabulary": {"specdec.errors"},
     "specdec.json_lines": {"specdec.errors"},
-    "specdec.optimize": set(),
+    "specdec.packed": set(),
     "specdec.cache": set(),
     "specdec.tree": set(),
     "specdec.stats": set(),
     "specdec.demo": set(),
     "specdec.environment": {"specdec.version"},
     "specdec.errors": set(),
+    "specdec.interrupt": set(),
     "specdec.version": set(),
 }
 

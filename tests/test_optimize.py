@@ -9,7 +9,7 @@ import torch
 
 import specdec
 from specdec.demo.padded import cost_padded
-from specdec.optimize import FOLDED, PackedForward, is_packed
+from specdec.packed import FOLDED, PackedForward, is_packed
 from specdec.probe import target_of
 from specdec.tree import TokenTree
 from specdec.verifier import Verifier

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from specdec.drafters.directory import DrafterJson, fingerprint, write_drafter_json
-from specdec.optimize import deoptimize
+from specdec.packed import deoptimize
 from specdec.train.batch import TrainBatch
 from specdec.train.kinds.draft_model import in_common, logits_at
 from specdec.train.objective import Objective, Term

@@ -18,7 +18,7 @@ from specdec.bench.record import write_json
 from specdec.drafters.directory import fingerprint
 from specdec.environment import git_commit, now, weights_sample
 from specdec.errors import SpecdecError
-from specdec.optimize import is_packed
+from specdec.packed import is_packed
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1

@@ -2,6 +2,8 @@
 
 Every command parses, calls the library and prints. Results go to stdout, notes and errors to stderr. Exit status: 0,
 1 for a failure, 2 for wrong usage (what can be seen from the command line alone), 130 after Ctrl-C.
+
+A command's module is imported when that command is asked for: torch and transformers take seconds.
 """
 
 from __future__ import annotations
@@ -10,16 +12,8 @@ from typing import Annotated
 
 import typer
 
-from specdec.cli.bench import app as bench
+from specdec.cli.commands import COMMANDS
 from specdec.cli.console import Commands
-from specdec.cli.convert import convert
-from specdec.cli.data import app as data
-from specdec.cli.demo import demo
-from specdec.cli.generate import generate
-from specdec.cli.info import info
-from specdec.cli.simulate import simulate
-from specdec.cli.train import train
-from specdec.cli.tune import tune
 from specdec.version import __version__
 
 app = typer.Typer(
@@ -31,15 +25,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: specdec demo",
 )
-app.command()(demo)
-app.command()(generate)
-app.add_typer(bench, name="bench", help="Compare drafters and baselines on the same questions, and report.")
-app.add_typer(data, name="data", help="Regenerate, prepare, preview and cache what drafters are trained on.")
-app.command()(tune)
-app.command()(simulate)
-app.command()(train)
-app.command()(info)
-app.command()(convert)
+
+
+def _stands_for_a_command() -> None:
+    """`Commands` puts the command itself in its place before anything is parsed."""
+
+
+for _name, _summary in COMMANDS.items():
+    app.command(_name, help=_summary)(_stands_for_a_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -62,5 +55,5 @@ def specdec(
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Parse the process's arguments and run."""
     app(prog_name="specdec")

@@ -10,16 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import transformers
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from specdec.cli.commands import command_named
+from specdec.interrupt import INTERRUPTED, ends_at_once
+
 UsageError: type[Exception] = typer.BadParameter.mro()[1]
 """The parser's error class. Typer exports only this subclass of it, and which parser it uses differs by version."""
 
-FAILURE, INTERRUPTED, BROKEN_PIPE = 1, 130, 141
+FAILURE, BROKEN_PIPE = 1, 141
 
 out = Console(highlight=False, soft_wrap=False)
 """Where results are printed."""
@@ -37,14 +38,13 @@ class Commands(TyperGroup):
         """Parse and run; never returns."""
         arguments = list(sys.argv[1:] if args is None else args)
         extra["standalone_mode"] = False
-        if "--debug" in arguments[:1] or os.environ.get("SPECDEC_DEBUG", "0") not in ("", "0"):
+        if "--debug" in arguments[:1] or _asked_for_tracebacks():
             sys.exit(super().main(arguments, *rest, **extra) or 0)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 gets "?" instead of an error
         try:
-            with quiet_libraries():
-                status = super().main(arguments, *rest, **extra) or 0
-                sys.stdout.flush()
+            status = super().main(arguments, *rest, **extra) or 0
+            sys.stdout.flush()
         except BrokenPipeError:
             status = _silenced()
         except UsageError as error:
@@ -54,6 +54,16 @@ class Commands(TyperGroup):
             status = FAILURE
             note(explain(error))
         sys.exit(status)
+
+    def resolve_command(self, ctx: Any, args: Any) -> Any:
+        """Find the command by name and, only now, import it."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None:
+            with ends_at_once():
+                command = command_named(name)
+                if not (ctx.params.get("debug") or _asked_for_tracebacks()):
+                    ctx.with_resource(quiet_libraries())
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; Ctrl-C ends it with one line, a reader that has gone with none."""
@@ -67,9 +77,14 @@ class Commands(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
 
 
+def _asked_for_tracebacks() -> bool:
+    return os.environ.get("SPECDEC_DEBUG", "0") not in ("", "0")
+
+
 def explain(error: Exception) -> str:
     """One line for an exception: what a user can cause as it is, anything else with where to look."""
-    if isinstance(error, torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")  # whoever ran out of its memory has imported it
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return f"out of memory ({_one_line(str(error))[:150]}); use a smaller --dtype, less text or another --device"
     if isinstance(error, ValueError | OSError):
         return _one_line(str(error)) or type(error).__name__
@@ -94,6 +109,8 @@ def _silenced() -> int:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Without the loading bars and advice of transformers; what matters to a user is an error or a note of ours."""
+    import transformers
+
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -39,7 +39,7 @@ def info(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a model, drafter or draft head is: its size, whether it verifies trees, and which target it fits.
+    """Say what a model, drafter or draft head is: its size, whether it verifies trees, which target it fits.
 
     Example: specdec info demo-draft --target demo
     """

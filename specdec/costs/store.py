@@ -12,7 +12,7 @@ from typing import Any
 
 from specdec.costs.table import CostTable
 from specdec.environment import hardware, versions
-from specdec.optimize import is_packed
+from specdec.packed import is_packed
 from specdec.probe import cache_folder
 from specdec.target import Target
 

@@ -46,7 +46,7 @@ from specdec.errors import DrafterMismatch, UnknownDrafter
 from specdec.lengths.acceptance_head import FILE as ACCEPTANCE_HEAD
 from specdec.lengths.named import LENGTHS, options_of
 from specdec.lengths.policy import LengthPolicy
-from specdec.optimize import is_packed, optimize
+from specdec.packed import is_packed, optimize
 from specdec.probe import target_of
 from specdec.vocabulary import check_vocabulary, vocab_size
 

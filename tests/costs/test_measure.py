@@ -12,7 +12,7 @@ from specdec.costs import store
 from specdec.costs.measure import Grid, measure_verifications, measured_costs
 from specdec.costs.table import CostTable
 from specdec.errors import SpecdecError
-from specdec.optimize import deoptimize, optimize
+from specdec.packed import deoptimize, optimize
 from specdec.probe import target_of
 from specdec.verifier import Verifier
 from tests.tiny import make_target, shared_target
