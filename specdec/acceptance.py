@@ -64,7 +64,7 @@ class TreeLaw:
 
     def __init__(self, tree: TokenTree, logits: Tensor, emitter: Emitter, rows: list[int]) -> None:
         self.tree, self.logits, self.emitter, self.rows = tree, logits, emitter, rows
-        self._tokens = tree.tokens.tolist()
+        self._tokens = tree.ids
         self._scores: dict[tuple[int, int], Tensor] = {}
         if emitter.processes_nodes_at_once:
             flat = logits.flatten(0, 1)
@@ -128,8 +128,8 @@ def walk(tree: TokenTree, logits: Tensor, emitter: Emitter, rows: list[int]) -> 
 
     Each row by itself. A node's logits are processed only when the walk reaches it.
     """
-    tokens = tree.tokens.tolist()
     argmax = logits.argmax(-1).tolist() if emitter.takes_argmax else None  # the step's one host sync
+    tokens = tree.ids
     paths: list[list[int]] = []
     emitted: list[list[int]] = []
     for i, row in enumerate(rows):
@@ -156,7 +156,7 @@ def walk_in_step(tree: TokenTree, logits: Tensor, emitter: Emitter, rows: list[i
     """The same walk with all rows of the batch advancing together, so that batch-wide processors with
     state see the calls of plain `generate`. It ends where the first running row finds no child.
     """
-    tokens = tree.tokens.tolist()
+    tokens = tree.ids
     group = list(range(emitter.batch_size))
     paths: list[list[int]] = [[] for _ in rows]
     emitted: list[list[int]] = [[] for _ in rows]
@@ -247,7 +247,7 @@ def traversal(tree: TokenTree, law: Law, chooser: Chooser) -> Decided:
     S / (S + 1 - w), and q loses the token. The root always passes once it stands alone.
     """
     assert tree.log_q is not None
-    tokens = tree.tokens.tolist()
+    tokens = tree.ids
     paths, next_tokens = [], []
     for i in range(len(tree.shapes)):
         leaf, p = _first_passing(i, 0, None, tree, tokens, law, chooser)
@@ -294,7 +294,7 @@ def recursive_rejection(tree: TokenTree, law: Law, chooser: Chooser) -> Decided:
     p := norm((p - q)+) and then disappears from q. When none is left the next token comes from that p.
     """
     assert tree.log_q is not None
-    tokens = tree.tokens.tolist()
+    tokens = tree.ids
     paths, next_tokens = [], []
     for i, shape in enumerate(tree.shapes):
         node, p = 0, law.p(i, 0)
@@ -345,7 +345,7 @@ def _without(log_q: Tensor, token: int) -> Tensor:
 
 def _emit_decided(decided: Decided, tree: TokenTree, law: TreeLaw, emitter: Emitter) -> Acceptance:
     """Emit each row's decided tokens until a stopping criterion ends it."""
-    tokens = tree.tokens.tolist()
+    tokens = tree.ids
     paths, emitted = [], []
     for i, row in enumerate(law.rows):
         path, out = decided.paths[i], []

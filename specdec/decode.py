@@ -145,7 +145,7 @@ def _positions_left(verifier: Verifier) -> int:
 
 def _committed(tree: TokenTree, acceptance: Acceptance, logits: Tensor, taps: dict[int, Tensor]) -> Committed:
     nodes = [[0, *path] for path in acceptance.paths]
-    ids = tree.tokens.tolist()
+    ids = tree.ids
     tokens = [[ids[row][node] for node in kept] for row, kept in enumerate(nodes)]
     return Committed(tokens, nodes, tree, logits, taps)
 
@@ -154,7 +154,7 @@ def _record(stats: DecodeStats, tree: TokenTree, acceptance: Acceptance, rows: l
     stats.target_calls += 1
     stats.drawn |= tree.log_q is not None
     stats.only_chains &= tree.is_chain
-    ids = tree.tokens.tolist()
+    ids = tree.ids
     drafted = tree.num_drafted
     for row, (path, tokens) in enumerate(zip(acceptance.paths, acceptance.tokens, strict=True)):
         shape = tree.shapes[row]

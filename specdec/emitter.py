@@ -90,6 +90,7 @@ class Emitter:
         columns = max(64, 2 * self.prompt_length)
         self._ids = torch.zeros(self.batch_size, columns, dtype=torch.long, device=input_ids.device)
         self._ids[:, : self.prompt_length] = input_ids
+        self._last = input_ids[:, -1].tolist()
         self._read_criteria(criteria)
 
     def _is_row_wise_criterion(self, criterion: sc.StoppingCriteria) -> bool:
@@ -138,7 +139,7 @@ class Emitter:
 
     def last_token(self, row: int) -> int:
         """The last emitted (or prompt) id of a row."""
-        return int(self._ids[row, self.lengths[row] - 1])
+        return self._last[row]
 
     def _history(self, rows: list[int]) -> Tensor:
         """Ids [G, T] of one row, or of the whole batch in step; views, no copies."""
@@ -182,6 +183,7 @@ class Emitter:
         self._reserve(max(self.lengths[row] for row in rows) + 1)
         for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             self._ids[row, self.lengths[row]] = token
+            self._last[row] = token
             self.lengths[row] += 1
             if self.logits is not None:
                 self.logits[row].append(logits[index].to(copy=True, dtype=self.scores_dtype(logits.dtype)))

@@ -117,6 +117,11 @@ class TokenTree:
         assert len(self.shapes) == self.tokens.shape[0], "one shape per row"
         assert all(len(s.parents) == self.tokens.shape[1] for s in self.shapes), "N nodes in each shape"
 
+    @cached_property
+    def ids(self) -> list[list[int]]:
+        """`tokens` on the host, brought there once."""
+        return self.tokens.tolist()
+
     @property
     def num_nodes(self) -> int:
         """N, root and padding included."""

@@ -174,6 +174,10 @@ class Prompts:
         """As keyword arguments of generate."""
         return {"input_ids": self.ids, "attention_mask": self.mask}
 
+    def to(self, device: torch.device) -> Prompts:
+        """The same on a device."""
+        return Prompts(self.ids.to(device), self.mask.to(device))
+
 
 def prompts(lengths: list[int], seed: int = 0) -> Prompts:
     """Random prompts of these lengths, ids from 3 on, padded with 0 on the left."""
@@ -206,7 +210,7 @@ def reference(model: Any, lengths: list[int], new_tokens: int) -> Reference:
     over, so that any difference that a test sees is a mistake.
     """
     for seed in range(20):
-        asked = prompts(lengths, seed)
+        asked = prompts(lengths, seed).to(model.device)
         output: Any = model.generate(
             **asked.inputs,
             max_new_tokens=new_tokens,

@@ -110,7 +110,7 @@ class DraftModelDrafter:
         """Columns of the longest prefix of a path that this model has run."""
         assert self._grown is not None
         tree, columns_of = self._grown.tree, self._grown.columns[row]
-        shape, ids = tree.shapes[row], tree.tokens[row].tolist()
+        shape, ids = tree.shapes[row], tree.ids[row]
         node, columns = 0, []
         for token in path_tokens:
             child = next((c for c in shape.children[node] if ids[c] == token), None)
