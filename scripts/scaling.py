@@ -82,6 +82,7 @@ def rates_table(rates: dict[str, Any]) -> Table:
         "read_cold": "read in random order from the disk", "read_warm": "read in random order from memory",
     }.items():  # fmt: skip
         lines.append([words, "", f"{disk[name] / 1e6:,.0f} MB/s", ""])
+    lines.append(["kept by the loss for each token of a law and depth", "", f"{rates['kept_bytes']:.1f} bytes", ""])
     return lines
 
 
@@ -114,18 +115,20 @@ def online_table(rates: dict[str, Any]) -> Table:
 
 def offline_table(rates: dict[str, Any]) -> Table:
     """The usual run from a cache: what each stage takes by itself, and after how many epochs it is faster."""
-    lines = [["target", "kind", "TB", "compute features, h", "write once, or read an epoch, h", "to the other machine, h",
-              "train an epoch, h", "online epoch, h", "cache wins from epoch"]]  # fmt: skip
+    lines = [["target", "kind", "TB", "compute features, h", "write once, or read an epoch, h",
+              "to the other machine, h", "train an epoch, h", "online epoch, h", "cache wins from epoch",
+              "disk as fast as online, GB/s"]]  # fmt: skip
     tokens = BUDGETS["usual"][0] * ASSUMED.tokens_per_dialogue
     for work in works():
         size = tokens * work.bytes_per_token
+        online = [online_seconds(work, mfu, rates) for mfu in ASSUMED.mfu]
         lines.append([
             work.target, work.kind, short(size / 1e12),
             ends(hours(tokens, target_seconds(work.target, mfu)) for mfu in ASSUMED.mfu),
             ends(size / rate / 3600 for rate in ASSUMED.disk), ends(size / rate / 3600 for rate in ASSUMED.network),
             ends(hours(tokens, cached_head_seconds(work, mfu, rates)) for mfu in ASSUMED.mfu),
-            ends(hours(tokens, online_seconds(work, mfu, rates)) for mfu in ASSUMED.mfu),
-            break_even(work, rates, tokens),
+            ends(hours(tokens, seconds) for seconds in online), break_even(work, rates, tokens),
+            ends(work.bytes_per_token * ASSUMED.devices / seconds / 1e9 for seconds in online),
         ])  # fmt: skip
     return lines
 

@@ -52,7 +52,7 @@ class _Watch(TorchFunctionMode):
 
 @contextmanager
 def watched(device: torch.device) -> Iterator[Traffic]:
-    """Count within. On a CUDA device its own debug mode counts too, so that nothing that Python does not show is missed.
+    """Count within. On a CUDA device its debug mode counts too, so that what Python does not show is not missed.
 
     On the CPU tensors of the host count like those of a device: there the numbers are upper bounds.
     """

@@ -105,19 +105,11 @@ def test_samples_have_the_targets_law(device: torch.device, children: str, shape
 def test_the_same_seed_gives_the_same_samples(device: torch.device) -> None:
     model = model_of(FAMILIES["llama"], "sdpa").to(device)
     asked = prompts([9]).to(device)
-    texts = [
-        specdec.generate(
-            model,
-            **asked.inputs,
-            drafter="recycling",
-            do_sample=True,
-            max_new_tokens=24,
-            generator=torch.Generator(device).manual_seed(seed),
-        )  # fmt: skip
-        for seed in (3, 3, 4)
-    ]
-    assert texts[0].tolist() == texts[1].tolist()  # type: ignore[union-attr]
-    assert texts[0].tolist() != texts[2].tolist()  # type: ignore[union-attr]
+    options: dict[str, Any] = {"drafter": "recycling", "do_sample": True, "max_new_tokens": 24}
+    generators = [torch.Generator(device).manual_seed(seed) for seed in (3, 3, 4)]
+    texts: list[Any] = [specdec.generate(model, **asked.inputs, **options, generator=each) for each in generators]
+    assert texts[0].tolist() == texts[1].tolist()
+    assert texts[0].tolist() != texts[2].tolist()
 
 
 def test_a_vocabulary_that_is_no_power_of_two_is_exact(device: torch.device) -> None:

@@ -1,11 +1,11 @@
 """How often a step waits for the device: a fixed number of times, whatever the rows, the tree and the past.
 
-One read waits for the target: the choice at its logits, `argmax(...).tolist()` in specdec.acceptance. Allowed beside it
-are reads of small integer tensors that need no forward of the target: the tree's tokens, once, for the walk and all that
-looks at them later (`TokenTree.ids`), and the root, once, by drafters that work on the host. READS holds the sum.
+One read waits for the target: the choice at its logits, `argmax(...).tolist()` in specdec.acceptance. Allowed beside
+it are reads of small integer tensors that need no forward of the target: the tree's tokens, once, for the walk and all
+that looks at them later (`TokenTree.ids`), and the root, once, by drafters that work on the host. READS holds the sum.
 
-Uploads are not counted: the roots, positions, masks and the columns of a commit go to the device in every step. On the CPU
-every tensor counts as one of the device, so the limits hold for a GPU too.
+Uploads are not counted: the roots, positions, masks and the columns of a commit go to the device in every step. On the
+CPU every tensor counts as one of the device, so the limits hold for a GPU too.
 """
 
 from __future__ import annotations
