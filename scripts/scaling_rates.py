@@ -88,7 +88,7 @@ def batch_of(data: PreparedData) -> TrainBatch:
 def learn(training: Trainable, batch: TrainBatch, optimizer: torch.optim.Optimizer) -> None:
     """One step on features that are there already."""
     terms = training.terms(batch, Objective())
-    sum((term.total for term in terms), torch.zeros(())).div(batch.num_supervised).backward()
+    (torch.stack([term.total for term in terms]).sum() / batch.num_supervised).backward()
     optimizer.step()
     optimizer.zero_grad()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,8 @@ from tests.tiny import VOCAB, make_target
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
-import scaling  # noqa: E402
-import scaling_work  # noqa: E402
-
+scaling: Any = import_module("scaling")
+scaling_work: Any = import_module("scaling_work")
 sys.path.remove(str(ROOT / "scripts"))
 
 ROW = 64
