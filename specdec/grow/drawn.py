@@ -7,10 +7,11 @@ is dropped for its own probability: children are lossless with the rules for dra
 
     DySpec:  reach(child) = reach(node) * q(y),   key(slot j) = reach(node) * (1 - q(y_1) - ... - q(y_{j-1}))
 
-The paper runs the draft model once for every node. Here all draws of a node are made at once, in draw order (that is
-the same law as drawing one by one), and whole levels are run before it is known which of them the budget reaches;
-then the best-first growth is replayed on the host. Nodes whose first slot cannot be reached any more are never run, so
-the tree is exactly that of the node-by-node growth with the same draws, for one forward per level.
+The paper runs the draft model once for every node. Here whole levels are run before it is known which of them the
+budget reaches; then the best-first growth is replayed on the host. Every node of a level gets its first draw, and those
+whose second slot may still be reached get all others at once, in draw order (that is the same law as drawing one by
+one). Nodes whose first slot cannot be reached any more are never run. So the tree is exactly that of the node-by-node
+growth with the same draws, for one forward per level.
 
 With a threshold, slots of smaller keys are not taken. With a threshold alone (a budget that is never reached) this
 is the paper's layer-parallel variant: keys never grow downwards.
@@ -116,22 +117,57 @@ class DrawnGrowth:
 
     def _draw(self, law: Tensor, slots: Slots, chooser: Chooser, width: int) -> Draws:
         """Draws at every node of the frontier; padding is left out, so that it costs no randomness."""
-        live = slots.live.to(law.device)
-        laws = law[live] if not bool(slots.live.all()) else law.flatten(0, 1)
-        tokens = chooser.draw_without_replacement(laws, width)
+        laws = law.flatten(0, 1) if bool(slots.live.all()) else law[slots.live.to(law.device)]
         q = laws.softmax(-1)
+        width = min(width, q.shape[1])
+        tokens = chooser.draw_without_replacement(laws, 1)
+        shares = q.gather(1, tokens)
+        # The key of a second slot looks at the first draw alone: what stands in for the second one does not matter.
+        keys, reaches = self.values.of(q, shares.repeat(1, min(width, 2)))
+        draws = Draws(q.shape[0], width)
+        draws.put(slice(None), tokens, shares, keys[:, :1], reaches[:, :1])
+        if width > 1:
+            second = keys[:, 1].double().cpu()
+            open_ = slots.may_be_reached(draws.keys[:, 0], second, self.budget, self.threshold).nonzero()[:, 0]
+            at = open_.to(q.device)
+            self._draw_the_rest(open_, laws[at], q[at], tokens[at], chooser, draws)
+        return draws
+
+    def _draw_the_rest(
+        self, open_: Tensor, laws: Tensor, q: Tensor, first: Tensor, chooser: Chooser, draws: Draws
+    ) -> None:
+        """All later draws at the nodes `open_` [A], whose laws [A, V] and first draws [A, 1] are given."""
+        left = laws.scatter(1, first, -torch.inf)
+        has_mass = left.amax(1) > -torch.inf
+        if not bool(has_mass.all()):
+            open_, left, q, first = open_[has_mass.cpu()], left[has_mass], q[has_mass], first[has_mass]
+        if not open_.numel():
+            return
+        rest = chooser.draw_without_replacement(left, draws.width - 1)
+        tokens = torch.cat([first, rest], 1)
         shares = q.gather(1, tokens)
         keys, reaches = self.values.of(q, shares)
-        exists = laws.gather(1, tokens).isfinite()
-        keys = keys.masked_fill(~exists, 0.0)
-        return Draws(tokens.cpu(), shares.cpu(), keys.cpu(), reaches.cpu())
+        exists = torch.cat([torch.ones_like(first, dtype=torch.bool), left.gather(1, rest).isfinite()], 1)
+        draws.put(open_, tokens, shares, keys.masked_fill(~exists, 0.0), reaches.masked_fill(~exists, 0.0))
 
 
 class Draws:
-    """Draws at M nodes: tokens, their q, keys and reaches relative to the node's, [M, W] each, on the host."""
+    """Draws at M nodes: tokens, their q, keys and reaches relative to the node's, [M, W] each, on the host.
 
-    def __init__(self, tokens: Tensor, shares: Tensor, keys: Tensor, reaches: Tensor) -> None:
-        self.tokens, self.shares, self.keys, self.reaches = tokens, shares, keys, reaches
+    Slots without a draw have key and reach 0.
+    """
+
+    def __init__(self, nodes: int, width: int) -> None:
+        self.width = width
+        self.tokens = torch.zeros(nodes, width, dtype=torch.long)
+        self.shares, self.keys, self.reaches = torch.zeros(3, nodes, width, dtype=torch.float64)
+
+    def put(self, nodes: slice | Tensor, tokens: Tensor, shares: Tensor, keys: Tensor, reaches: Tensor) -> None:
+        """The first draws at some nodes."""
+        values = torch.stack([shares.double(), keys.double(), reaches.double(), tokens.double()]).cpu()  # one transfer
+        count = tokens.shape[1]
+        self.shares[nodes, :count], self.keys[nodes, :count], self.reaches[nodes, :count] = values[:3]
+        self.tokens[nodes, :count] = values[3].long()
 
 
 class Slots:
@@ -150,33 +186,41 @@ class Slots:
         self._reach = self._cap = torch.ones(rows, 1, dtype=torch.float64)
         self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._bounds = torch.zeros(rows, 0, dtype=torch.float64)
+        self._taken: list[list[tuple[int, int, int]]] | None = None
         self._device = root.device
+
+    def _placed(self, values: Tensor) -> Tensor:
+        """Values of the last frontier's live nodes [M, ...], in row-major order, as [B, F, ...]; 0 for padding."""
+        shape = (*self.live.shape, *values.shape[1:])
+        if values.shape[0] == self.live.numel():
+            return values.view(shape)
+        whole = values.new_zeros(shape)
+        whole[self.live] = values
+        return whole
+
+    def may_be_reached(self, first: Tensor, second: Tensor, budget: int, threshold: float) -> Tensor:
+        """Bool [M]: at which live nodes of the last frontier best-first growth may take a second slot, by keys [M]."""
+        caps = (self._placed(first) * self._reach).minimum(self._cap)
+        least = _least_taken(torch.cat([self._bounds, caps], 1), budget)
+        cap = (self._placed(second) * self._reach).minimum(caps)
+        return ((cap > 0) & (cap >= least) & (cap >= threshold))[self.live]
 
     def add(self, law: Tensor, draws: Draws) -> None:
         """The draws at the last frontier, whose live nodes are in row-major order."""
-        rows, count = self.live.shape
-        width = draws.tokens.shape[1]
-
-        def placed(values: Tensor) -> Tensor:
-            whole = values.new_zeros(rows, count, width)
-            whole[self.live] = values
-            return whole
-
         self.laws.append(law)
-        keys = placed(draws.keys.double()) * self._reach[:, :, None]
+        keys = self._placed(draws.keys) * self._reach[:, :, None]
         # What the best-first growth has to fall to before it takes a slot: no more than on the way there.
         caps = keys.minimum(self._cap[:, :, None]).cummin(2).values
-        self._child_reach = placed(draws.reaches.double()) * self._reach[:, :, None]
+        self._child_reach = self._placed(draws.reaches) * self._reach[:, :, None]
         self._child_cap = caps
         self._bounds = torch.cat([self._bounds, caps.flatten(1)], 1)
         children = torch.full(keys.shape, NO_NODE)
-        self._parts.append((placed(draws.tokens), placed(draws.shares), keys, children))
+        self._parts.append((self._placed(draws.tokens), self._placed(draws.shares), keys, children))
 
     def next_frontier(self, budget: int, threshold: float, first: tuple[float, float], depth: int) -> Frontier | None:
         """Last draws whose own first slot best-first growth may still take; None when there are none."""
         reach, cap = self._child_reach.flatten(1), self._child_cap.flatten(1)
-        known = torch.cat([self._bounds, (reach * first[0]).minimum(cap)], 1)
-        least = known.topk(min(budget, known.shape[1]), dim=1).values[:, -1:] if known.shape[1] >= budget else 0.0
+        least = _least_taken(torch.cat([self._bounds, (reach * first[0]).minimum(cap)], 1), budget)
         bound = (reach * first[1]).minimum(cap)
         wanted = (bound > 0) & (bound >= least) & (bound >= threshold)
         num_nodes = int(wanted.sum(1).max())
@@ -201,11 +245,12 @@ class Slots:
     def best_first(self, policy: DrawnGrowth) -> tuple[list[list[tuple[int, int, int]]], list[Tensor]]:
         """Per row the slots taken, as (parent node, column, draw); and tokens, shares, keys, children [B, C, W]."""
         tokens, shares, keys, children = (torch.cat(part, 1) for part in zip(*self._parts, strict=True))
-        rows = [
-            _best_first(k, c, policy.budget, policy.threshold)
-            for k, c in zip(keys.tolist(), children.tolist(), strict=True)
-        ]
-        return rows, [tokens, shares, keys, children]
+        if self._taken is None:
+            self._taken = [
+                _best_first(k, c, policy.budget, policy.threshold)
+                for k, c in zip(keys.tolist(), children.tolist(), strict=True)
+            ]
+        return self._taken, [tokens, shares, keys, children]
 
     def tree(self, root: Tensor, policy: DrawnGrowth) -> Grown:
         """The slots that best-first growth takes, as a tree."""
@@ -215,9 +260,14 @@ class Slots:
             root,
             [[ids[b][column][draw] for _, column, draw in row] for b, row in enumerate(rows)],
             [[parent for parent, _, _ in row] for row in rows],
-            torch.cat(self.laws, 1),
+            self.laws,
             [[columns[b][column][draw] for _, column, draw in row] for b, row in enumerate(rows)],
         )
+
+
+def _least_taken(bounds: Tensor, budget: int) -> Tensor | float:
+    """No slot below this [B, 1] is taken, when slots [B, S] exist that are worth at least as much as their bounds."""
+    return bounds.topk(budget, dim=1).values[:, -1:] if bounds.shape[1] >= budget else 0.0
 
 
 def _best_first(

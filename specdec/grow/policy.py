@@ -132,7 +132,7 @@ class Columns:
 
 
 def assembled(
-    root: Tensor, tokens: list[list[int]], parents: list[list[int]], laws: Tensor | None, columns: list[list[int]]
+    root: Tensor, tokens: list[list[int]], parents: list[list[int]], laws: list[Tensor] | None, columns: list[list[int]]
 ) -> Grown:
     """A tree and its columns from each row's nodes below the root, rows padded to the longest.
 
@@ -140,7 +140,7 @@ def assembled(
         root: [B].
         tokens: per row, the nodes' tokens.
         parents: per row, the nodes' parents as node numbers; the first entry is of node 1.
-        laws: for drawn children, the log-laws [B, C, V] by column.
+        laws: for drawn children, the log-laws [B, F, V] of each frontier.
         columns: per row, the nodes' columns, NO_NODE for those never expanded.
     """
     width = max(map(len, tokens))
@@ -148,8 +148,21 @@ def assembled(
     drafted = torch.tensor(padded, dtype=root.dtype, device=root.device).reshape(len(tokens), width)
     shapes = tuple(topology((NO_NODE, *row, *[NO_NODE] * (width - len(row)))) for row in parents)
     whole = [[0, *row, *[NO_NODE] * (width - len(row))] for row in columns]
-    log_q = None
-    if laws is not None:
-        at = torch.tensor(whole, device=laws.device).clamp(min=0)  # laws of leaves are not read
-        log_q = laws.gather(1, at[:, :, None].expand(-1, -1, laws.shape[2]))
+    log_q = None if laws is None else _laws_of_nodes(laws, whole, parents)
     return Grown(TokenTree(torch.cat([root[:, None], drafted], 1), shapes, log_q), whole)
+
+
+def _laws_of_nodes(laws: list[Tensor], columns: list[list[int]], parents: list[list[int]]) -> Tensor:
+    """Log-laws [B, N, V] of the nodes that have children, from those of the frontiers; 0 elsewhere."""
+    rows, nodes, size = len(columns), len(columns[0]), laws[0].shape[2]
+    log_q = laws[0].new_zeros(rows * nodes, size)
+    inner = [(b * nodes + n, b, columns[b][n]) for b in range(rows) for n in sorted({0, *parents[b]})]
+    first = 0
+    for law in laws:
+        width = law.shape[1]
+        here = [(to, b * width + column - first) for to, b, column in inner if first <= column < first + width]
+        first += width
+        if here:
+            to, source = torch.tensor(here, device=law.device).unbind(1)
+            log_q.index_copy_(0, to, law.reshape(-1, size).index_select(0, source))
+    return log_q.view(rows, nodes, size)

@@ -17,15 +17,16 @@ Law = Callable[[tuple[int, ...]], list[float]]
 
 
 class ScriptedChooser(Chooser):
-    """Draws depend on the law alone, so that any order of asking gives the same draws at the same node."""
+    """Draws depend on the law alone, and a token's noise on its own logit, so that any order of asking, all at once or
+    with drawn tokens masked, gives the same draws at the same node.
+    """
 
     def draw_without_replacement(self, log_q: Tensor, count: int) -> Tensor:
-        rows = []
-        for row in log_q.reshape(-1, log_q.shape[-1]).double():
-            generator = torch.Generator().manual_seed(int(row.softmax(-1)[:3].sum() * 1e9))
-            noise = torch.rand(row.shape, dtype=torch.float64, generator=generator).log().neg().log()
-            rows.append((row - noise).topk(min(count, row.shape[0])).indices)
-        return torch.stack(rows).reshape(*log_q.shape[:-1], -1)
+        rows = log_q.double()
+        index = torch.arange(rows.shape[-1], dtype=torch.float64)
+        u = ((rows.clamp(min=-1e3) * 1e6 + 78.233 * index).sin() * 43758.5453).frac().abs()
+        noise = u.clamp(1e-9, 1 - 1e-9).log().neg().log()
+        return (rows - noise).topk(min(count, rows.shape[-1]), dim=-1).indices
 
 
 def dyspec_heap(law: Law, draws: Callable[[tuple[int, ...]], list[int]], budget: int, depth: int, width: int) -> list:
