@@ -34,7 +34,7 @@ import torch
 from bench_generate import environment
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import specdec

@@ -16,15 +16,16 @@ Dimensions: B rows of the tree, N nodes, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from specdec.emitter import Emitter, apply
+from specdec.emitter import Emitter
 from specdec.errors import UnsupportedGeneration
+from specdec.law import Law, Place, TreeLaw
 from specdec.sampling import Chooser
-from specdec.tree import TokenTree
+from specdec.tree import NO_NODE, TokenTree, Topology
 
 Rule = Literal["auto", "walk", "block", "traversal", "recursive"]
 
@@ -49,39 +50,6 @@ class Acceptance:
     def next_tokens(self) -> list[int]:
         """The last emitted token of each row: the root of its next tree."""
         return [row[-1] for row in self.tokens]
-
-
-class Law(Protocol):
-    """The target's distribution at the nodes of one step's trees."""
-
-    def p(self, row: int, node: int) -> Tensor:
-        """Probabilities [V] at a node, after all processing, in float32 or float64."""
-        ...
-
-
-class TreeLaw:
-    """p at tree nodes, processed with each node's own history; at once where history does not matter."""
-
-    def __init__(self, tree: TokenTree, logits: Tensor, emitter: Emitter, rows: list[int]) -> None:
-        self.tree, self.logits, self.emitter, self.rows = tree, logits, emitter, rows
-        self._tokens = tree.ids
-        self._scores: dict[tuple[int, int], Tensor] = {}
-        if emitter.processes_nodes_at_once:
-            flat = logits.flatten(0, 1)
-            wide = flat.to(copy=True, dtype=emitter.scores_dtype(flat.dtype))
-            scores = apply(emitter.processors, tree.tokens.reshape(-1, 1), wide).view(*logits.shape)
-            self._scores = {(i, n): scores[i, n] for i in range(len(rows)) for n in range(tree.num_nodes)}
-
-    def scores(self, row: int, node: int) -> Tensor:
-        """Processed log-scores [V] at a node."""
-        if (row, node) not in self._scores:
-            path_tokens = [self._tokens[row][n] for n in self.tree.shapes[row].path(node)]
-            self._scores[row, node] = self.emitter.process_node(self.rows[row], path_tokens, self.logits[row, node])
-        return self._scores[row, node]
-
-    def p(self, row: int, node: int) -> Tensor:
-        """Probabilities [V] at a node."""
-        return self.scores(row, node).softmax(-1)
 
 
 def accept(tree: TokenTree, logits: Tensor, emitter: Emitter, rows: list[int], rule: Rule = "auto") -> Acceptance:
@@ -128,8 +96,8 @@ def walk(tree: TokenTree, logits: Tensor, emitter: Emitter, rows: list[int]) -> 
 
     Each row by itself. A node's logits are processed only when the walk reaches it.
     """
-    argmax = logits.argmax(-1).tolist() if emitter.takes_argmax else None  # the step's one host sync
     tokens = tree.ids
+    argmax = logits.argmax(-1).tolist() if emitter.takes_argmax else None  # the step's one host sync
     paths: list[list[int]] = []
     emitted: list[list[int]] = []
     for i, row in enumerate(rows):
@@ -206,7 +174,8 @@ def block(tree: TokenTree, law: Law, chooser: Chooser) -> Decided:
     width = max(drafted)
     p_rows = []
     for i, chain in enumerate(chains):
-        stacked = torch.stack([law.p(i, node) for node in chain])
+        inner, last = [(i, node) for node in chain[:-1]], law.p(i, chain[-1])[None]
+        stacked = torch.cat([law.p_at(inner), last]) if inner else last
         p_rows.append(torch.cat([stacked, stacked[-1:].expand(width - drafted[i], -1)]))
     p = torch.stack(p_rows)  # [B, width + 1, V]
     order = torch.tensor([[*chain, *[chain[-1]] * (width - n)] for chain, n in zip(chains, drafted, strict=True)])
@@ -245,46 +214,18 @@ def traversal(tree: TokenTree, law: Law, chooser: Chooser) -> Decided:
     Leaves are tried from the first drawn downwards-up: a leaf passes with its weight and brings its whole path.
     A node whose subtree failed is removed from its parent: p becomes norm((w p - q)+), the parent's weight
     S / (S + 1 - w), and q loses the token. The root always passes once it stands alone.
+
+    What a node's weight is when its turn comes depends on no decision, for all before it have failed. So the weights
+    are computed for all rows at once, and the first node that passes is found afterwards.
     """
-    assert tree.log_q is not None
-    tokens = tree.ids
-    paths, next_tokens = [], []
-    for i in range(len(tree.shapes)):
-        leaf, p = _first_passing(i, 0, None, tree, tokens, law, chooser)
-        assert p is not None, "the root's weight is 1"
-        paths.append(tree.shapes[i].path(leaf))
-        next_tokens.append(int(chooser.draw(p[None])))
-    return Decided(paths, next_tokens)
-
-
-def _first_passing(
-    row: int, node: int, weight: Tensor | None, tree: TokenTree, tokens: list[list[int]], law: Law, chooser: Chooser
-) -> tuple[int, Tensor | None]:
-    """The first node of this subtree that passes, with the law of its next token; None when all failed.
-
-    `weight` is None for the root, whose weight is and stays 1.
-    """
-    assert tree.log_q is not None
-    p = law.p(row, node)
-    w = p.new_ones(()) if weight is None else weight
-    log_q = tree.log_q[row, node].to(p.device, p.dtype)
-    for child in tree.shapes[row].children[node]:
-        token = tokens[row][child]
-        q = log_q.softmax(-1)
-        child_weight = (w * p[token] / q[token].clamp(min=torch.finfo(q.dtype).tiny)).clamp(max=1.0)
-        passed, final = _first_passing(row, child, child_weight, tree, tokens, law, chooser)
-        if final is not None:
-            return passed, final
-        residual = (w * p - q).clamp(min=0.0)
-        mass = residual.sum()
-        if mass > NO_MASS:
-            p, w = residual / mass, (mass / (mass + 1 - w) if weight is not None else w)
-        elif weight is not None:
-            w = torch.zeros_like(w)
-        log_q = _without(log_q, token)
-    if weight is None or bool(chooser.accept(w)):
-        return node, p
-    return node, None
+    failures = all_failing(tree, law, inherits=True)
+    orders = [_children_first(shape) for shape in tree.shapes]
+    order = torch.tensor(orders, device=failures.after.device)
+    passes = failures.after.gather(1, order).double()
+    reached = (1.0 - passes).cumprod(1).roll(1, 1)
+    reached[:, 0] = 1.0
+    chosen = chooser.one_of(passes * reached).tolist()
+    return failures.decided([row[at] for row, at in zip(orders, chosen, strict=True)], tree, law, chooser)
 
 
 def recursive_rejection(tree: TokenTree, law: Law, chooser: Chooser) -> Decided:
@@ -292,30 +233,124 @@ def recursive_rejection(tree: TokenTree, law: Law, chooser: Chooser) -> Decided:
 
     At the node reached, children are tested in draw order with min(1, p/q); a rejected one leaves
     p := norm((p - q)+) and then disappears from q. When none is left the next token comes from that p.
+
+    As in traversal, no test's probability depends on another one's outcome.
+    """
+    failures = all_failing(tree, law, inherits=False)
+    tested = failures.entry.double()
+    ends = torch.zeros_like(tested)
+    for row, shape in enumerate(tree.shapes):
+        chances = tested[row].tolist()
+        reached = [1.0] * tree.num_nodes
+        for node, children in enumerate(shape.children):
+            for child in children:
+                reached[child] = reached[node] * chances[child]
+                reached[node] *= 1.0 - chances[child]
+        live = [n == 0 or parent != NO_NODE for n, parent in enumerate(shape.parents)]
+        ends[row] = ends.new_tensor([chance if alive else 0.0 for chance, alive in zip(reached, live, strict=True)])
+    return failures.decided(chooser.one_of(ends).tolist(), tree, law, chooser)
+
+
+@dataclass(frozen=True)
+class Failures:
+    """What remains at each node once all below it has failed.
+
+    Attributes:
+        entry: [B, N], the weight with which a node's turn begins: min(1, w p(x)/q(x)) of its parent's w, p and q.
+        after: [B, N], the weight that is left to it when all its children have failed; 0 for padding.
+        p: [M, V], the law of the next token there, at nodes with children.
+        places: the index into p of each of those.
+    """
+
+    entry: Tensor
+    after: Tensor
+    p: Tensor
+    places: dict[Place, int]
+
+    def decided(self, nodes: list[int], tree: TokenTree, law: Law, chooser: Chooser) -> Decided:
+        """The paths to these nodes, one of each row, and tokens drawn from what is left there."""
+        laws = [
+            self.p[self.places[row, node]] if (row, node) in self.places else law.p(row, node)
+            for row, node in enumerate(nodes)
+        ]
+        paths = [shape.path(node) for shape, node in zip(tree.shapes, nodes, strict=True)]
+        return Decided(paths, chooser.draw(torch.stack(laws)).tolist())
+
+
+def all_failing(tree: TokenTree, law: Law, *, inherits: bool) -> Failures:
+    """Weights and residual laws of all nodes, for all rows and one level after the other, without a host sync.
+
+    Args:
+        tree: of drawn children.
+        law: the target's.
+        inherits: a node begins with the weight that its token was tried with (traversal), or anew with 1.
     """
     assert tree.log_q is not None
-    tokens = tree.ids
-    paths, next_tokens = [], []
-    for i, shape in enumerate(tree.shapes):
-        node, p = 0, law.p(i, 0)
-        children = list(shape.children[0])
-        log_q = tree.log_q[i, 0].to(p.device, p.dtype)
-        while children:
-            child = children.pop(0)
-            token = tokens[i][child]
-            q = log_q.softmax(-1)
-            ratio = p[token] / q[token].clamp(min=torch.finfo(q.dtype).tiny)
-            if bool(chooser.accept(ratio.clamp(max=1.0))):
-                node, p = child, law.p(i, child)
-                children, log_q = list(shape.children[child]), tree.log_q[i, child].to(p.device, p.dtype)
-                continue
-            residual = (p - q).clamp(min=0.0)
-            mass = residual.sum()
-            p = residual / mass if mass > NO_MASS else p
-            log_q = _without(log_q, token)
-        paths.append(shape.path(node))
-        next_tokens.append(int(chooser.draw(p[None])))
-    return Decided(paths, next_tokens)
+    levels = _inner_by_level(tree)
+    places = [place for level in levels for place in level]
+    p = law.p_at(places)
+    number = torch.tensor([row * tree.num_nodes + node for row, node in places], device=p.device)
+    log_q = tree.log_q.flatten(0, 1).index_select(0, number.to(tree.log_q.device)).to(p.device, p.dtype)
+    rounds = [tried for level in levels for tried in _rounds(tree, level)]
+    children = torch.tensor([child for tried in rounds for child in tried], device=p.device)
+    tokens = tree.tokens.to(p.device).flatten()[children]
+    live = [n == 0 or parent != NO_NODE for shape in tree.shapes for n, parent in enumerate(shape.parents)]
+    entry = torch.tensor(live, device=p.device).to(p.dtype)
+    after = entry.clone()
+    first = start = 0  # of the level's places, of the round's children
+    for depth, level in enumerate(levels):
+        nodes = number[first : first + len(level)]
+        w = entry[nodes] if inherits and depth else p.new_ones(len(level))
+        for tried in _rounds(tree, level):
+            active, these = slice(first, first + len(tried)), slice(start, start + len(tried))
+            start += len(tried)
+            q = log_q[active].softmax(-1)
+            weight = w[: len(tried)]
+            entry[children[these]] = (weight * _ratio(p[active], q, tokens[these])).clamp(max=1.0)
+            residual = torch.mul(p[active], weight[:, None]).sub_(q).clamp_(min=0.0)
+            mass = residual.sum(-1)
+            has_mass = mass > NO_MASS
+            p[active] = torch.where(has_mass[:, None], residual / mass[:, None], p[active])
+            if inherits and depth:  # the weight of the root, and of all that begin anew, is and stays 1
+                w[: len(tried)] = (mass / (mass + 1 - weight)).masked_fill(~has_mass, 0.0)
+            log_q[active] = _without(log_q[active], tokens[these])
+        after[nodes] = w
+        first += len(level)
+    leaves = torch.ones_like(after, dtype=torch.bool).index_fill_(0, number, False)
+    after = torch.where(leaves, entry, after).view_as(tree.tokens)
+    return Failures(entry.view_as(tree.tokens), after, p, {place: i for i, place in enumerate(places)})
+
+
+def _rounds(tree: TokenTree, level: list[Place]) -> list[list[int]]:
+    """Children (as row * N + node) of a level's nodes, one list for each rank; the nodes with most children first."""
+    children = [(row * tree.num_nodes, tree.shapes[row].children[node]) for row, node in level]
+    most = len(children[0][1]) if children else 0
+    return [[start + nodes[rank] for start, nodes in children if len(nodes) > rank] for rank in range(most)]
+
+
+def _inner_by_level(tree: TokenTree) -> list[list[Place]]:
+    """Nodes with children, of all rows, by depth; on each level those with most children first."""
+    levels: list[list[Place]] = [[] for _ in range(tree.depth)]
+    for row, shape in enumerate(tree.shapes):
+        for node, children in enumerate(shape.children):
+            if children:
+                levels[shape.depths[node]].append((row, node))
+    for level in levels:
+        level.sort(key=lambda place: -len(tree.shapes[place[0]].children[place[1]]))
+    return levels
+
+
+def _children_first(shape: Topology) -> list[int]:
+    """All nodes in the order of trial: each after its children, siblings in draw order; padding last."""
+    order: list[int] = []
+
+    def visit(node: int) -> None:
+        for child in shape.children[node]:
+            visit(child)
+        order.append(node)
+
+    visit(0)
+    return order + [node for node, parent in enumerate(shape.parents) if node and parent == NO_NODE]
 
 
 DRAWN_RULES = {"block": block, "traversal": traversal, "recursive": recursive_rejection}
@@ -334,13 +369,11 @@ def _ratio(p: Tensor, q: Tensor, tokens: Tensor) -> Tensor:
     return (p.gather(1, at) / q.gather(1, at).clamp(min=torch.finfo(q.dtype).tiny))[:, 0]
 
 
-def _without(log_q: Tensor, token: int) -> Tensor:
-    """The draft law after a draw. The logit is masked and softmax taken anew: dividing probabilities by the
-    remaining mass underflows at low temperature.
+def _without(log_q: Tensor, tokens: Tensor) -> Tensor:
+    """The draft laws [M, V] after one draw of each. The logit is masked and softmax taken anew: dividing probabilities
+    by the remaining mass underflows at low temperature.
     """
-    remaining = log_q.clone()
-    remaining[token] = -torch.inf
-    return remaining
+    return log_q.scatter(1, tokens[:, None], -torch.inf)
 
 
 def _emit_decided(decided: Decided, tree: TokenTree, law: TreeLaw, emitter: Emitter) -> Acceptance:
@@ -351,7 +384,7 @@ def _emit_decided(decided: Decided, tree: TokenTree, law: TreeLaw, emitter: Emit
         path, out = decided.paths[i], []
         for node, follower in zip([0, *path], [*path, None], strict=True):
             token = decided.next_tokens[i] if follower is None else tokens[i][follower]
-            scores = law.scores(i, node)[None]
+            scores = law.scores(i, node)[None] if emitter.scores is not None else None
             emitter.emit([row], [token], scores, law.logits[i, node][None])
             out.append(token)
             if emitter.finished[row]:

@@ -17,7 +17,6 @@ from transformers.generation import logits_process as lp
 
 from specdec.errors import SpecdecError
 
-
 LIKELIEST = 512
 """Tokens that are sorted for top-p before the whole vocabulary is."""
 
@@ -125,6 +124,22 @@ class Chooser:
     def draw(self, p: Tensor) -> Tensor:
         """One token per row from probabilities [B, V]; returns [B]."""
         return torch.multinomial(p, 1, generator=self.generator).squeeze(1)
+
+    def one_of(self, chances: Tensor) -> Tensor:
+        """An entry of each row of [B, N], by its share of the row; returns [B].
+
+        Halves are accepted or refused until one entry is left: log N decisions for all rows, and no host sync.
+        """
+        rows, count = chances.shape
+        size = 1 << (count - 1).bit_length()
+        ends = torch.nn.functional.pad(chances.double().cumsum(1), (1, 0))
+        ends = torch.cat([ends, ends[:, -1:].expand(-1, size - count)], 1)  # [B, size + 1]
+        at = torch.zeros(rows, 1, dtype=torch.long, device=chances.device)
+        while size > 1:
+            size //= 2
+            before, middle, after = (ends.gather(1, at + step) for step in (0, size, 2 * size))
+            at = torch.where(self.accept((middle - before) / (after - before)), at, at + size)
+        return at[:, 0]
 
     def draw_without_replacement(self, log_q: Tensor, count: int) -> Tensor:
         """Token ids [..., count] drawn successively without replacement from log-laws [..., V], in draw order.
