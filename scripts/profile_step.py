@@ -1,6 +1,6 @@
 """Where one decode step spends its time: forwards, and the tree bookkeeping between them.
 
-    python scripts/profile_step.py                                          # demo pair, target padded to 150 M parameters
+    python scripts/profile_step.py                                # the demo pair, its target padded to 150 M parameters
     python scripts/profile_step.py --budget 64 --grow calibrated --temperature 1
     python scripts/profile_step.py --budget 64 --grow dyspec --temperature 1 --functions 25
     python scripts/profile_step.py --markdown docs/benchmarks/FILE.md

@@ -174,7 +174,7 @@ class CalibratedGrowth:
         pool = self._chosen.grow_pool(root, room, expand, most_children)
         grown = pool.tree(root)
         traits = [
-            [(int(pool.ranks[row, entry]), float(pool.shares[row, entry])) for entry in entries]
+            list(zip(pool.ranks[row, entries].tolist(), pool.shares[row, entries].tolist(), strict=True))
             for row, entries in enumerate(pool.kept())
         ]
         self._last = (grown.tree, traits)

@@ -119,10 +119,12 @@ class Pool:
         self._num_columns = 1
         self._expanded = torch.zeros(rows, 1, dtype=torch.long)  # entries of the last frontier, NO_NODE for padding
         self._device = root.device
+        self._kept: list[list[int]] | None = None  # once growth has ended
 
     def add(self, tokens: Tensor, shares: Tensor, log_worths: Tensor) -> None:
         """The children [B, F, K] of the last frontier."""
         rows, _, count = tokens.shape
+        self._kept = None
         parents = self._expanded
         log_values = self.log_values.gather(1, parents.clamp(min=0))[:, :, None] + log_worths
         log_values = log_values.masked_fill((parents == NO_NODE)[:, :, None], -torch.inf)
@@ -167,10 +169,12 @@ class Pool:
 
     def kept(self) -> list[list[int]]:
         """Per row the entries of largest value in order of their making: parents first, siblings by rank."""
-        order = self.log_values[:, 1:].sort(dim=1, descending=True, stable=True)
-        entries = order.indices[:, : self.budget] + 1
-        alive = (order.values[:, : self.budget] > -math.inf).sum(1).tolist()
-        return [sorted(row[:n]) for row, n in zip(entries.tolist(), alive, strict=True)]
+        if self._kept is None:
+            order = self.log_values[:, 1:].sort(dim=1, descending=True, stable=True)
+            entries = order.indices[:, : self.budget] + 1
+            alive = (order.values[:, : self.budget] > -math.inf).sum(1).tolist()
+            self._kept = [sorted(row[:n]) for row, n in zip(entries.tolist(), alive, strict=True)]
+        return self._kept
 
     def tree(self, root: Tensor) -> Grown:
         """The kept entries as a tree."""

@@ -64,13 +64,12 @@ def grow_levels(
             mass = law.gather(-1, picked).isfinite().cpu()
         else:
             picked, mass = logits.topk(width, dim=-1).indices, None
-        picked = picked.to(tokens.device)
-        for index, parent in enumerate(parents):
-            nodes = list(shape.topology.children[parent])
-            tried = [ranks[node] for node in nodes]
-            tokens[:, nodes] = picked[:, index, tried]
-            if mass is not None:
-                has_mass[:, nodes] = mass[:, index, tried]
+        nodes = [node for parent in parents for node in shape.topology.children[parent]]
+        index = [i for i, parent in enumerate(parents) for _ in shape.topology.children[parent]]
+        tried = [ranks[node] for node in nodes]
+        tokens[:, nodes] = picked.to(tokens.device)[:, index, tried]
+        if mass is not None:
+            has_mass[:, nodes] = mass[:, index, tried]
     num_nodes = shape.num_nodes
     shapes = (shape.topology,) * tokens.shape[0]
     if drawn and not bool(has_mass[:, :num_nodes].all()):

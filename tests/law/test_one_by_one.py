@@ -1,0 +1,65 @@
+"""Rules that weigh all nodes of all rows at once decide as the rules that go from one node to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from specdec import acceptance
+from specdec.acceptance import Decided
+from specdec.grow.drawn import DrawnGrowth
+from specdec.law import Law, TreeLaw
+from specdec.sampling import Chooser
+from specdec.tree import TokenTree
+from tests.law import one_by_one
+from tests.law.enumeration import law_of, total_variation
+from tests.law.policies import grow_rows
+from tests.law.tables import PLAIN, Tables, scored
+
+EXACT = 1e-12
+Decide = Callable[[TokenTree, Law, Chooser], Decided]
+RULES: dict[str, tuple[Decide, Decide]] = {
+    "traversal": (acceptance.traversal, one_by_one.traversal),
+    "recursive": (acceptance.recursive_rejection, one_by_one.recursive_rejection),
+}
+CONTEXTS = [(0,), (2,)]
+
+
+def decisions(decide: Decide, tree: TokenTree, tables: Tables) -> dict[object, float]:
+    """The law of what a rule decides: paths and next tokens of both rows."""
+    logits = scored(tables, tree, CONTEXTS)
+
+    def run(chooser: Chooser) -> object:
+        decided = decide(tree, TreeLaw(tree, logits, PLAIN.emitter(CONTEXTS, chooser), [0, 1]), chooser)
+        return tuple(map(tuple, decided.paths)), tuple(decided.next_tokens)
+
+    return law_of(run)  # type: ignore[arg-type]
+
+
+TABLES = {
+    "ordinary": Tables.random(3, noise=1.5),
+    "nearly one-hot": Tables.random(7, sharpness=60.0),
+    "tokens without mass": Tables.random(10, noise=3.0).without_tokens(2),
+    "draft equal to target": Tables.random(5, noise=0.0),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("tables", [pytest.param(tables, id=name) for name, tables in TABLES.items()])
+def test_all_at_once_decides_as_one_by_one(rule: str, tables: Tables) -> None:
+    at_once, in_turn = RULES[rule]
+    shapes = set()
+    for seed, policy in enumerate((DrawnGrowth(4, 3, 2), DrawnGrowth(3, 2, 3))):
+        tree = grow_rows(policy, tables, CONTEXTS, Chooser(torch.Generator().manual_seed(seed))).tree
+        shapes |= set(tree.shapes)
+        assert total_variation(decisions(at_once, tree, tables), decisions(in_turn, tree, tables)) < EXACT
+    assert len(shapes) > 1
+
+
+def test_the_comparison_sees_a_rule_that_is_another_one() -> None:
+    tables = TABLES["ordinary"]
+    tree = grow_rows(DrawnGrowth(4, 3, 2), tables, CONTEXTS, Chooser(torch.Generator().manual_seed(0))).tree
+    one, other = decisions(acceptance.traversal, tree, tables), decisions(one_by_one.recursive_rejection, tree, tables)
+    assert total_variation(one, other) > 0.01
