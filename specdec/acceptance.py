@@ -310,9 +310,12 @@ def all_failing(tree: TokenTree, law: Law, *, inherits: bool) -> Failures:
             residual = torch.mul(p[active], weight[:, None]).sub_(q).clamp_(min=0.0)
             mass = residual.sum(-1)
             has_mass = mass > NO_MASS
-            p[active] = torch.where(has_mass[:, None], residual / mass[:, None], p[active])
-            if inherits and depth:  # the weight of the root, and of all that begin anew, is and stays 1
-                w[: len(tried)] = (mass / (mass + 1 - weight)).masked_fill(~has_mass, 0.0)
+            residual.div_(mass.clamp(min=NO_MASS)[:, None])
+            if inherits and depth:  # the root's weight, and that of all that begin anew, is and stays 1
+                p[active] = residual  # without mass the weight is 0, and nobody asks for p
+                weight.copy_((mass / (mass + 1 - weight)).masked_fill_(~has_mass, 0.0))
+            else:
+                p[active] = torch.where(has_mass[:, None], residual, p[active])
             log_q[active] = _without(log_q[active], tokens[these])
         after[nodes] = w
         first += len(level)

@@ -170,11 +170,13 @@ def drawn_by_appearance(log_q: Tensor, count: int, generator: torch.Generator | 
     """
     laws, size = log_q.shape
     count = min(count, size)
+    if count == 1:
+        return _independent_draws(log_q.softmax(-1), 1, generator)
     drawn = torch.zeros(laws, count + 1, dtype=torch.long)  # the last column takes what is no news
     found = torch.zeros(laws, dtype=torch.long)
     left, at = log_q, torch.arange(laws)
     while at.numel():
-        guesses = _independent_draws(left.softmax(-1), 1 if count == 1 else count + 4, generator)
+        guesses = _independent_draws(left.softmax(-1), count + 4, generator)
         seen = (guesses[:, :, None] == guesses[:, None, :]).tril(-1).any(-1)
         places = (found[at, None] + (~seen).cumsum(1) - 1).clamp(max=count).masked_fill(seen, count)
         drawn[at] = drawn[at].scatter(1, places, guesses)

@@ -120,11 +120,18 @@ class DrawnGrowth:
         laws = law.flatten(0, 1) if bool(slots.live.all()) else law[slots.live.to(law.device)]
         q = laws.softmax(-1)
         width = min(width, q.shape[1])
+        draws = Draws(q.shape[0], width)
+        if slots.count + q.shape[0] < self.budget and not self.threshold:  # so few that every slot may be reached
+            tokens = chooser.draw_without_replacement(laws, width)
+            shares = q.gather(1, tokens)
+            exists = laws.gather(1, tokens).isfinite()
+            keys, reaches = self.values.of(q, shares)
+            draws.put(slice(None), tokens, shares, keys.masked_fill(~exists, 0.0), reaches.masked_fill(~exists, 0.0))
+            return draws
         tokens = chooser.draw_without_replacement(laws, 1)
         shares = q.gather(1, tokens)
         # The key of a second slot looks at the first draw alone: what stands in for the second one does not matter.
         keys, reaches = self.values.of(q, shares.repeat(1, min(width, 2)))
-        draws = Draws(q.shape[0], width)
         draws.put(slice(None), tokens, shares, keys[:, :1], reaches[:, :1])
         if width > 1:
             second = keys[:, 1].double().cpu()
@@ -188,6 +195,11 @@ class Slots:
         self._bounds = torch.zeros(rows, 0, dtype=torch.float64)
         self._taken: list[list[tuple[int, int, int]]] | None = None
         self._device = root.device
+
+    @property
+    def count(self) -> int:
+        """Slots of all frontiers before the last one, in the row with most."""
+        return self._bounds.shape[1]
 
     def _placed(self, values: Tensor) -> Tensor:
         """Values of the last frontier's live nodes [M, ...], in row-major order, as [B, F, ...]; 0 for padding."""
