@@ -96,8 +96,8 @@ def walk(tree: TokenTree, logits: Tensor, emitter: Emitter, rows: list[int]) -> 
 
     Each row by itself. A node's logits are processed only when the walk reaches it.
     """
-    tokens = tree.ids
     argmax = logits.argmax(-1).tolist() if emitter.takes_argmax else None  # the step's one host sync
+    tokens = tree.ids
     paths: list[list[int]] = []
     emitted: list[list[int]] = []
     for i, row in enumerate(rows):
