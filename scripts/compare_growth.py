@@ -107,11 +107,7 @@ def drafter_of(name: str, budget: int, temperature: float, pair: Pair, args: arg
     either = {"children": children}
     options: dict[str, dict[str, Any]] = {
         "chain": {"grow": "fixed", "depth": min(budget, args.depth), "budget": None, **either},
-        "fixed": {
-            "grow": "fixed",
-            "depth": min(args.depth, budget // 2),
-            **either,
-        },  # a tree, where budget <= depth is a chain
+        "fixed": {"grow": "fixed", "depth": min(args.depth, budget // 2), **either},  # within its depth it is a chain
         "sequoia": {"grow": "sequoia", "table": str(vector_file(args, temperature)), **either},
         "eagle2": {"grow": "eagle2"},
         "best-first": {"grow": "best-first"},
@@ -329,8 +325,8 @@ def report(found: dict[tuple[Any, ...], Line], args: argparse.Namespace) -> str:
     machine, environment = hardware(torch.device("cpu")), ", ".join(f"{k} {v}" for k, v in versions().items() if v)
     told = (
         f"tau of {args.prompts} prompts of {args.prompt_tokens} tokens and {args.tokens} new ones, in batches of "
-        f"{args.batch}; tokens/s of {args.speed_prompts} prompts and {args.speed_tokens} new tokens, one at a time; depth "
-        f"{args.depth} at most; fp32, {machine['cpu']}, {args.threads} threads of {machine['cores']}; {environment}. "
+        f"{args.batch}; tokens/s of {args.speed_prompts} prompts and {args.speed_tokens} new tokens, one at a time; "
+        f"depth {args.depth} at most; fp32, {machine['cpu']}, {args.threads} threads of {machine['cores']}; {environment}. "
         f"In brackets: 95 % by bootstrap over prompts."
     )
     table = ["| " + " | ".join(row) + " |" for row in [HEADER, ["---"] * len(HEADER), *rows(found, args)]]

@@ -23,10 +23,11 @@ from specdec.cli.progress import progress
 from specdec.costs.table import CostTable
 from specdec.tuning.choice import Kept, check_out, keep
 from specdec.tuning.decoded import Job
+from specdec.tuning.grid import full_grid, measured_grid
 from specdec.tuning.pricing import Expectation
 from specdec.tuning.prompts import first_prompts
 from specdec.tuning.settings import subject_of
-from specdec.tuning.tune import TABLE_FILE, Effort, Tuned, full_grid, measured_grid
+from specdec.tuning.tune import TABLE_FILE, Effort, Tuned
 from specdec.tuning.tune import tune as tuned
 
 
@@ -75,7 +76,7 @@ def tune(
         Path | None, typer.Option(help="Also write the measured costs to this file.", show_default=False)
     ] = None,
     grid: Annotated[
-        bool, typer.Option("--grid", help="Also decode every setting there is and rank the choice in it. Slow.")
+        bool, typer.Option("--grid", help="Also race every setting there is and rank the choice among them. Slow.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure costs also where kept ones still hold.")] = False,
     write: Annotated[bool, typer.Option("--write/--dry-run", help="Keep the choice, or only print it.")] = True,

@@ -2,8 +2,8 @@
 
 A draft probability is a poor estimate of acceptance: at temperature 1 a token with q = 0.05 that was drawn is often
 accepted, since p need only be as large as q. Two tables, one for chosen and one for drawn children, hold acceptance by
-the child's rank (for drawn children: the draw) and by the bin of its draft probability. They are filled with what
-verification shows, so they are right for this pair, this text and these sampling parameters after some dozens of steps.
+the child's rank (for drawn children: the draw) and its draft probability. They are filled with what verification shows,
+so they are right for this pair, this text and these sampling parameters after some dozens of steps.
 
     chosen:  value(child) = value(node) * a(rank, q(y)),  the best `budget` values are kept
     drawn:   key(slot j)  = reach(node) * stay_j * E_{y ~ R_j}[a(j, q(y))],   R_j is q without the draws before j
@@ -13,12 +13,17 @@ For chosen children a is the chance that the target's token is this child, for d
 accepted once its elder siblings are rejected. Only past steps enter the tables, and a slot's key looks at no draw but
 the earlier ones, so both are lossless.
 
-Dimensions: B rows, F nodes of a frontier, K children, M nodes, W draws, G bins, V vocabulary.
+A table holds a at some probabilities, the knots; between them log a is a straight line in log q. What is learned is not
+a itself but how many times more often than first believed a child is accepted: with few outcomes a keeps the order
+that the draft gives, and no two probabilities are thrown together.
+
+Dimensions: B rows, F nodes of a frontier, K children, M nodes, W draws, G knots, V vocabulary.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -34,71 +39,108 @@ from specdec.grow.policy import Expand, Grown
 from specdec.sampling import Chooser, SamplingParams
 from specdec.tree import NO_NODE, TokenTree
 
-EDGES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 0.9, 0.98)
-"""Upper ends of all bins but the last. At most 64 tokens of a law lie above the first."""
+KNOTS = (2**-12, 2**-10, 2**-8, 2**-6, 2**-5, 2**-4, 2**-3, 2**-2, 2**-1, 0.75, 0.9, 0.98, 1.0)
+"""Draft probabilities at which acceptance is held, rising."""
+
+LOWEST = math.log2(KNOTS[0])
 
 RANKS = 16
 """Ranks with a row of their own; later ones share the last."""
 
-FORMAT = "specdec-calibration-1"
+LOOKED_AT = 64
+"""Tokens of a law that a slot's key takes one by one; the rest counts as tokens of their mean probability."""
+
+FORMAT = "specdec-calibration-2"
+COUNTS = ("trials", "expected", "accepted")
 Kind = Literal["chosen", "drawn"]
 
 
 class AcceptanceTable:
-    """Trials and acceptances by rank and bin of the draft probability, [RANKS, G] each.
+    """Acceptance by rank and draft probability: what is believed at first, times what was seen over what was expected.
 
     Args:
         kind: which children it is about; decides what is believed before anything was seen.
-        belief: how many trials that belief is worth.
-        memory: trials per cell after which both counts are halved, so that the table follows the text.
+        belief: how many acceptances that belief is worth, in each cell.
+        memory: trials per cell after which its counts are halved, so that the table follows the text.
+
+    Attributes:
+        trials, expected, accepted: [RANKS, G]; outcomes between two knots count for both, by nearness.
+        rates: [RANKS, G].
     """
 
-    def __init__(self, kind: Kind, *, belief: float = 8.0, memory: float = 2000.0) -> None:
+    def __init__(self, kind: Kind, *, belief: float = 4.0, memory: float = 2000.0) -> None:
         self.belief, self.memory = belief, memory
-        self.trials = torch.zeros(RANKS, len(EDGES) + 1, dtype=torch.float64)
+        self.trials = torch.zeros(RANKS, len(KNOTS), dtype=torch.float64)
+        self.expected = torch.zeros_like(self.trials)
         self.accepted = torch.zeros_like(self.trials)
-        self._edges = torch.tensor(EDGES, dtype=torch.float64)
+        self._knots = torch.tensor(KNOTS, dtype=torch.float64).log2()
         self._prior = _prior(kind)
-        self.rates = self._prior.clone()
-
-    def bins(self, shares: Tensor) -> Tensor:
-        """Bin of each draft probability."""
-        return torch.bucketize(shares.double(), self._edges.to(shares.device))
+        # Below the knots a chosen child is worth in proportion to q, nothing at 0; a drawn one as much as at the first.
+        self._falls = kind == "chosen"
+        self.refresh()
 
     def of(self, shares: Tensor) -> Tensor:
         """Acceptance of children with these draft probabilities [..., K] in rank order."""
         ranks = torch.arange(shares.shape[-1], device=shares.device).clamp(max=RANKS - 1)
-        return self.rates.to(shares.device, shares.dtype)[ranks.expand_as(shares), self.bins(shares)]
+        return self.at(ranks.expand_as(shares), shares)
+
+    def at(self, ranks: Tensor, shares: Tensor) -> Tensor:
+        """Acceptance by ranks below RANKS and draft probabilities of the same shape."""
+        return self._between(self._log_rates, ranks, shares)
 
     def learn(self, outcomes: list[tuple[int, float, bool]]) -> None:
         """Rank, draft probability and fate of children that were tried."""
         if not outcomes:
             return
         ranks = torch.tensor([rank for rank, _, _ in outcomes]).clamp(max=RANKS - 1)
-        cells = ranks * self.trials.shape[1] + self.bins(torch.tensor([share for _, share, _ in outcomes]))
+        shares = torch.tensor([share for _, share, _ in outcomes], dtype=torch.float64)
         fates = torch.tensor([float(fate) for _, _, fate in outcomes], dtype=torch.float64)
-        self.trials.view(-1).index_add_(0, cells, torch.ones_like(fates))
-        self.accepted.view(-1).index_add_(0, cells, fates)
+        believed = self._between(self._prior.log2(), ranks, shares)
+        low, part, _ = self._place(shares)
+        for knot, weight in ((low, 1.0 - part), (low + 1, part)):
+            cells = ranks * len(KNOTS) + knot
+            self.trials.view(-1).index_add_(0, cells, weight)
+            self.expected.view(-1).index_add_(0, cells, weight * believed)
+            self.accepted.view(-1).index_add_(0, cells, weight * fates)
         halved = torch.where(self.trials > self.memory, 0.5, 1.0).double()
-        self.trials *= halved
-        self.accepted *= halved
+        for name in COUNTS:
+            getattr(self, name).mul_(halved)
         self.refresh()
 
     def refresh(self) -> None:
         """Rates from counts and belief."""
-        self.rates = (self.accepted + self.belief * self._prior) / (self.trials + self.belief)
+        self.set_rates(self._prior * (self.accepted + self.belief) / (self.expected + self.belief))
+
+    def set_rates(self, rates: Tensor) -> None:
+        """Take these rates [RANKS, G] until the next outcomes."""
+        self.rates = rates.clamp(min=2**-40, max=1.0)
+        self._log_rates = self.rates.log2()
+
+    def _between(self, log_rates: Tensor, ranks: Tensor, shares: Tensor) -> Tensor:
+        low, part, below = self._place(shares)
+        rows, part = log_rates.to(shares.device, shares.dtype), part.to(shares.dtype)
+        height = rows[ranks, low] * (1.0 - part) + rows[ranks, low + 1] * part
+        return (height + below.to(shares.dtype) if self._falls else height).exp2()
+
+    def _place(self, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The knot below each probability, how far it is to the next one, and log2 of how far below all knots."""
+        knots, x = self._knots.to(shares.device), shares.double().log2()
+        inside = x.clamp(min=LOWEST, max=0.0)
+        low = (torch.bucketize(inside, knots, right=True) - 1).clamp(max=len(KNOTS) - 2)
+        return low, (inside - knots[low]) / (knots[low + 1] - knots[low]), (x - LOWEST).clamp(max=0.0)
 
 
 def _prior(kind: Kind) -> Tensor:
-    """What is believed of rank and bin at first: a chosen child is worth its draft probability; the first draw is often
-    accepted whatever its probability, later ones less often (orders of magnitude of a small draft model).
+    """What is believed of rank and probability at first, [RANKS, G].
+
+    A chosen child is worth its draft probability. A first draw is often accepted whatever its probability, later ones
+    less often: the orders of magnitude of a small draft model at temperatures around 1.
     """
-    ends = torch.tensor([0.0, *EDGES, 1.0], dtype=torch.float64)
-    middle = (ends[:-1] + ends[1:]) / 2
-    ranks = torch.arange(RANKS, dtype=torch.float64)[:, None]
+    knots = torch.tensor(KNOTS, dtype=torch.float64)
     if kind == "chosen":
-        return middle.expand(RANKS, -1).clone()
-    return middle ** (0.8 - 0.55 * 0.4**ranks)
+        return knots.expand(RANKS, -1).clone()
+    ranks = torch.arange(RANKS, dtype=torch.float64)[:, None]
+    return (0.35 + 0.6 * 0.45**ranks) * knots ** (0.35 - 0.22 * 0.6**ranks)
 
 
 class DrawnValues:
@@ -119,15 +161,20 @@ class DrawnValues:
         return stay * self._expected(q, shares), stay * accept
 
     def _expected(self, q: Tensor, shares: Tensor) -> Tensor:
-        """E_{y ~ R_j}[a(j, q(y))], [M, W]: the law's mass by bins, without the draws before j."""
-        num_bins, width = len(EDGES) + 1, shares.shape[1]
-        likeliest = q.topk(min(64, q.shape[1]), dim=1).values  # all that do not lie in the lowest bin
-        mass = q.new_zeros(q.shape[0], num_bins).scatter_add_(1, self.table.bins(likeliest), likeliest)
-        mass[:, 0] += (1.0 - likeliest.sum(1)).clamp(min=0.0)
-        drawn = torch.nn.functional.one_hot(self.table.bins(shares), num_bins) * shares[:, :, None]
-        left = (mass[:, None] - _exclusive(drawn.cumsum(1), 0.0)).clamp(min=0.0)  # [M, W, G]
-        rates = self.table.rates.to(q.device, q.dtype)[torch.arange(width, device=q.device).clamp(max=RANKS - 1)]
-        return (left * rates).sum(-1) / left.sum(-1).clamp(min=1e-30)
+        """E_{y ~ R_j}[a(j, q(y))], [M, W]: the whole law's sum for draw j, without the part of the draws before j."""
+        width = shares.shape[1]
+        ranks = torch.arange(width, device=q.device).clamp(max=RANKS - 1)[:, None]
+        likeliest = q.topk(min(LOOKED_AT, q.shape[1]), dim=1).values
+        rest = (1.0 - likeliest.sum(1)).clamp(min=0.0)
+        squares = (q.square().sum(1) - likeliest.square().sum(1)).clamp(min=0.0)
+        mean = torch.where(rest > 1e-6, squares / rest.clamp(min=1e-6), torch.zeros_like(rest))
+        tokens = torch.cat([likeliest, mean[:, None]], 1)[:, None].expand(-1, width, -1)
+        masses = torch.cat([likeliest, rest[:, None]], 1)[:, None]
+        whole = (masses * self.table.at(ranks.expand_as(tokens), tokens)).sum(-1)
+        drawn = shares[:, None].expand(-1, width, -1)  # [M, W (slot), W (draw)]
+        taken = (drawn * self.table.at(ranks.expand_as(drawn), drawn)).tril(-1).sum(-1)
+        left = (1.0 - _exclusive(shares.cumsum(1), 0.0)).clamp(min=1e-6)
+        return ((whole - taken).clamp(min=0.0) / left).clamp(max=1.0)
 
 
 def _exclusive(cumulated: Tensor, first: float) -> Tensor:
@@ -207,11 +254,8 @@ class CalibratedGrowth:
 
     def save(self, path: Path) -> None:
         """Write both tables as JSON."""
-        kept = {
-            kind: {"trials": table.trials.tolist(), "accepted": table.accepted.tolist()}
-            for kind, table in self.tables.items()
-        }
-        path.write_text(json.dumps({"format": FORMAT, "edges": EDGES, **kept}), encoding="utf-8")
+        kept = {kind: {name: getattr(table, name).tolist() for name in COUNTS} for kind, table in self.tables.items()}
+        path.write_text(json.dumps({"format": FORMAT, "knots": KNOTS, **kept}), encoding="utf-8")
 
     def load(self, path: Path) -> None:
         """Take the tables of a file that `save` wrote.
@@ -221,7 +265,7 @@ class CalibratedGrowth:
         """
         content = _read(path)
         for kind, table in self.tables.items():
-            for name in ("trials", "accepted"):
+            for name in COUNTS:
                 values = content[kind][name]
                 if values.shape != table.trials.shape or not bool((values >= 0).all()):
                     raise UnknownDrafter(f"{path}: {kind}.{name} is not a table of {tuple(table.trials.shape)} counts")
@@ -238,10 +282,9 @@ def _counts(rows: Any) -> Tensor:
 def _read(path: Path) -> dict[str, dict[str, Tensor]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT or list(content["edges"]) != list(EDGES):
+        if content["format"] != FORMAT or list(content["knots"]) != list(KNOTS):
             raise ValueError("another format")
-        names = ("trials", "accepted")
-        return {kind: {name: _counts(content[kind][name]) for name in names} for kind in ("chosen", "drawn")}
+        return {kind: {name: _counts(content[kind][name]) for name in COUNTS} for kind in ("chosen", "drawn")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnknownDrafter(f"{path} does not hold acceptance tables ({FORMAT}): {error}") from error
 

@@ -143,6 +143,20 @@ def typical(values: Sequence[float]) -> float:
     return sum(min(value, most) for value in values) / len(values)
 
 
+def steady_seconds(runs: Sequence[Decoded]) -> float:
+    """Seconds of decoding all this where no step meets a hiccup of the machine.
+
+    First steps count apart: in them the drafter digests the prompt.
+    """
+    total = 0.0
+    for phase in ("draft", "verify", "rest"):
+        times: list[tuple[float, ...]] = [getattr(run, phase) for run in runs]
+        first = [seconds[0] for seconds in times if seconds]
+        later = [second for seconds in times for second in seconds[1:]]
+        total += typical(first) * len(first) + typical(later) * len(later)
+    return total
+
+
 def verify_ratios(runs: Sequence[Decoded], costs: Costs) -> list[float]:
     """Seconds of each verification over what the costs say of it."""
     return [

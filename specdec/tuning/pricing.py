@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from specdec.costs.interpolation import median_of
 from specdec.costs.table import Costs, CostTable, DraftPoint
-from specdec.tuning.decoded import Decoded, overhead_of, typical, verify_ratios
+from specdec.tuning.decoded import Decoded, overhead_of, steady_seconds, typical, verify_ratios
 from specdec.tuning.settings import Setting
 from specdec.tuning.traces import Step
 
@@ -41,12 +41,14 @@ class Prices:
         factor_of: verification within decoding over the table's, by growth; drafting uses the machine's caches in
             between, and new topologies want new masks.
         rest_of: (per step, per emitted token) outside of drafting and verification, by growth.
+        timed: decoding happens on the machine in question, so that its own times go first.
     """
 
     costs: Costs
     draft_of: dict[str, float] = field(default_factory=dict)
     factor_of: dict[str, float] = field(default_factory=dict)
     rest_of: dict[str, tuple[float, float]] = field(default_factory=dict)
+    timed: bool = False
 
     def step(self, setting: Setting, step: Step) -> float:
         """Seconds of one step."""
@@ -122,15 +124,20 @@ def levels_of(setting: Setting, step: Step) -> float:
 def expectation(setting: Setting, steps: Iterable[Step], prices: Prices) -> Expectation:
     """Tokens over seconds of these steps."""
     steps = list(steps)
-    seconds = sum(prices.step(setting, step) for step in steps)
-    tokens, count = sum(step.emitted for step in steps), max(len(steps), 1)
-    nodes = sum(step.nodes for step in steps) / count
-    return Expectation(setting, tokens / count, nodes, seconds / count, tokens / seconds if seconds else 0.0)
+    return _expected(setting, steps, sum(prices.step(setting, step) for step in steps))
 
 
 def expectation_of(setting: Setting, runs: Iterable[Decoded], prices: Prices) -> Expectation:
-    """The same of a setting that was decoded."""
-    return expectation(setting, (step for run in runs for step in run.steps), prices)
+    """The same of a setting that was decoded: by the seconds that it took where those count, else by prices."""
+    runs = list(runs)
+    steps = [step for run in runs for step in run.steps]
+    return _expected(setting, steps, steady_seconds(runs)) if prices.timed else expectation(setting, steps, prices)
+
+
+def _expected(setting: Setting, steps: Sequence[Step], seconds: float) -> Expectation:
+    tokens, count = sum(step.emitted for step in steps), max(len(steps), 1)
+    nodes = sum(step.nodes for step in steps) / count
+    return Expectation(setting, tokens / count, nodes, seconds / count, tokens / seconds if seconds else 0.0)
 
 
 def best_first(expectations: Iterable[Expectation]) -> list[Expectation]:

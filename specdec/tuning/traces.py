@@ -114,10 +114,11 @@ def traced(
         tree = drafter.propose(root, params, chooser, len(text) - 1 - at)
         if tree.log_q is not None:
             raise SpecdecError("a trace needs chosen children; drawn ones depend on the draw, measure them by decoding")
-        scored = verifier.score(tree)
+        alone = TokenTree.of_roots(root)  # nothing is accepted, so the target needs no more
+        scored = verifier.score(alone)
         verifier.commit([[]])
         nodes = accepted_nodes(tree.shapes[0], tree.tokens[0].tolist(), text[at + 1 :])
-        drafter.observe(Committed([[text[at]]], [[0]], tree, scored.logits, scored.taps))
+        drafter.observe(Committed([[text[at]]], [[0]], alone, scored.logits, scored.taps))
         if counts is not None:
             counts.observe(tree, [[0, *nodes]])
         paths.append(_ranks(tree, nodes))

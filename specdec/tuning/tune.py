@@ -272,7 +272,7 @@ def tune(
     if costs is None:
         costs = measured_costs(target_of(job.model), cost_grid(job, effort), fresh=fresh, tell=tell)
     with tempfile.TemporaryDirectory(prefix="specdec-") as temporary:
-        tuner = Tuner(job, subject, Prices(costs), folder or Path(temporary), effort, timed, tell)
+        tuner = Tuner(job, subject, Prices(costs, timed=timed), folder or Path(temporary), effort, timed, tell)
         plain, considered, finalists = tuner.search()
         choice = best_first([plain, *finalists])[0]
         table = tuner.prices.table() if timed else costs
@@ -332,32 +332,3 @@ def _anchors(settings: Sequence[Setting]) -> list[Setting]:
     corners = [by_size[0], by_size[-1], by_size[len(by_size) // 3], by_size[2 * len(by_size) // 3]]
     chains = [s for s in by_size if s.shape is not None and s.shape.width <= 1]
     return list({s.name: s for s in [*corners, *chains[-1:]]}.values())
-
-
-def full_grid(subject: Subject, job: Job, table: Path | None, effort: Effort) -> list[Setting]:
-    """Every setting there is: what a choice is checked against, the slow way."""
-    if not subject.grows:
-        return text_settings(subject)
-    most = deepest(subject, job.model, effort.depths)
-    found = [*chain_settings(subject, most, effort.depths), *length_settings(subject, most, effort.depths)]
-    if target_of(job.model).form == "tree":
-        if table is not None and table.is_file() and subject.is_traceable:
-            found += tree_settings(subject, most, table, effort.depths, effort.budgets)
-        found += following_settings(subject, most, effort.depths, effort.budgets)
-    return loadable(found, subject, job.model)
-
-
-def measured_grid(found: Tuned, job: Job, settings: Sequence[Setting], tell: Tell | None = None) -> list[Expectation]:
-    """Decode settings on all prompts, in turns, and say what each gave; best first.
-
-    By wall clock, or where the costs were given by those.
-    """
-    say = None if tell is None else (lambda done, total: tell("decoding the grid", done, total))
-    runs = decode_all(job, [found.subject.spec(setting) for setting in settings], say)
-    results = []
-    for setting, decoded in zip(settings, runs, strict=True):
-        priced = expectation_of(setting, decoded, Prices(found.costs))
-        if not found.projected:
-            priced = replace(priced, tokens_per_second=tokens_per_second(decoded))
-        results.append(priced)
-    return best_first(results)

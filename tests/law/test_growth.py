@@ -49,7 +49,7 @@ def calibrated(budget: int, depth: int, width: int, children: str, seed: int = 0
     policy = CalibratedGrowth(budget, depth, width, children)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     for table in policy.tables.values():
-        table.rates = 0.1 + 0.6 * torch.rand(table.rates.shape, dtype=torch.float64, generator=generator)
+        table.set_rates(0.1 + 0.6 * torch.rand(table.rates.shape, dtype=torch.float64, generator=generator))
     return policy
 
 
@@ -137,7 +137,11 @@ class LooksAtTheDrawByTable(DrawnValues):
 
 
 def random_table() -> AcceptanceTable:
-    return calibrated(1, 1, 1, "drawn", seed=5).tables["drawn"]
+    """Of rates far apart, so that two draws at one slot are worth very different things."""
+    table = AcceptanceTable("drawn")
+    heads = torch.rand(table.rates.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64) > 0.5
+    table.set_rates(0.02 + 0.96 * heads)
+    return table
 
 
 def capped_after_drawing(make: Callable[[], DrawnGrowth], budget: int) -> Propose:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch
 from specdec.drafters.directory import DrafterJson, fingerprint, read_drafter_json, write_drafter_json
 from specdec.drafters.load import load_drafter
 from specdec.errors import SpecdecError
+from specdec.tuning import grid as grids
 from specdec.tuning import tune as tuning
 from specdec.tuning.choice import check_out, keep
 from specdec.tuning.decoded import Decoded, Job, decode_all, overhead_of, typical, verify_ratios
+from specdec.tuning.grid import full_grid, measured_grid, rounds
 from specdec.tuning.pricing import Prices, expectation, expectation_of
 from specdec.tuning.settings import NO_SPECULATION, Setting, Subject, chain_settings, subject_of
 from specdec.tuning.traces import Step
-from specdec.tuning.tune import Effort, Tuned, full_grid, measured_grid, near, tune
+from specdec.tuning.tune import Effort, Tuned, near, tune
 from tests.tiny import perturbed, prompt, shared_draft, shared_target
 from tests.tuning.costs import costs
 
@@ -147,6 +150,54 @@ def test_tuning_on_this_machine_learns_prices_from_decoding(draft: Path, tmp_pat
     assert {"measuring verification", "measuring acceptance", "decoding with the choice"} <= set(told)
 
 
+# --- The grid ----------------------------------------------------------------------------------------------
+
+
+def raced(
+    monkeypatch: pytest.MonkeyPatch, found: Tuned, seconds: Any, count: int, rows: int = 8
+) -> tuple[list[int], list[str]]:
+    """Depths of chains in the order of a race in which a chain of depth d takes seconds(d, prompt, again) a token."""
+    decoded_again: list[str] = []
+
+    def one(job: Job, spec: str, number: int, again: bool = False) -> Decoded:
+        depth = int(spec.rpartition("depth=")[2].partition(",")[0])
+        return Decoded((1,), (Step(1, depth, depth, 1),), (0.0,), (1.0,), (0.0,), seconds(depth, number, again))
+
+    def everything(job: Job, specs: Any, tell: Any = None) -> Any:
+        decoded_again.extend(specs)
+        return [[one(job, spec, number, True) for number in range(len(job.prompts))] for spec in specs]
+
+    monkeypatch.setattr(grids, "decode_one", one)
+    monkeypatch.setattr(grids, "decode_all", everything)
+    settings = list(chain_settings(found.subject, count, tuple(range(1, count + 1))))
+    many = Job(shared_target(), ((1, 2),) * rows)
+    ranked = measured_grid(replace(found, projected=False), many, settings)
+    return [int(entry.setting.options["depth"]) for entry in ranked], decoded_again
+
+
+def test_a_race_ends_with_the_fastest_and_never_drops_the_choice(monkeypatch: pytest.MonkeyPatch, found_once: Tuned):
+    found = replace(found_once, choice=replace(found_once.choice, setting=next(chain_settings(found_once.subject, 1))))
+    order, again = raced(monkeypatch, found, lambda depth, number, again: 1 / depth, 64)
+    assert order[:4] == [64, 63, 62, 61]
+    assert order[4] == 1, "the choice came along to the end, though the slowest"
+    assert order[5:] == list(range(60, 1, -1)), "those that left later stand first"
+    assert len(again) == 5
+
+
+def test_luck_in_the_race_does_not_count_in_the_end(monkeypatch: pytest.MonkeyPatch, found_once: Tuned):
+    """A setting that was lucky whenever it was measured in the race is measured once more."""
+    order, _ = raced(
+        monkeypatch, found_once, lambda depth, number, again: 0.001 if depth == 3 and not again else 1 / depth, 8
+    )
+    assert order.index(3) > 0
+
+
+def test_a_race_comes_to_all_prompts_in_doubling_rounds():
+    assert rounds(1) == [1]
+    assert rounds(2) == [1, 2]
+    assert rounds(12) == [1, 2, 4, 8, 12]
+
+
 # --- Prices ------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +219,16 @@ def test_learned_prices_replace_those_of_the_table():
     assert prices.step(setting, steps[0]) == pytest.approx(0.5 + 2.2 + 0.3)
     assert prices.step(setting, steps[1]) == pytest.approx(0.5 + 2.2 + 0.2)
     assert expectation_of(setting, [run], prices).tokens_per_second == pytest.approx(5 / (3 * 2.7 + 0.8))
+
+
+def test_where_decoding_is_timed_here_its_own_seconds_are_what_is_expected():
+    steps = tuple(Step(1, 2, 0, 2) for _ in range(40))
+    drafts, verifies = (5.0, *[0.5] * 39), (*[2.0] * 39, 900.0)
+    run = Decoded((1,), steps, drafts, verifies, (0.25,) * 40, 999.0)
+    setting, prices = Setting({"depth": "2"}, None, "eagle2"), Prices(costs(), timed=True)
+    seconds = 5.0 + 39 * 0.5 + 40 * 2.0 + 40 * 0.25  # the first step digests the prompt; 900 is a hiccup
+    assert expectation_of(setting, [run], prices).tokens_per_second == pytest.approx(80 / seconds)
+    assert expectation_of(setting, [], prices).tokens_per_second == 0.0
 
 
 def test_the_rest_of_a_step_is_split_robustly_into_step_and_token():
