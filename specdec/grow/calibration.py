@@ -82,11 +82,12 @@ class AcceptanceTable:
     def of(self, shares: Tensor) -> Tensor:
         """Acceptance of children with these draft probabilities [..., K] in rank order."""
         ranks = torch.arange(shares.shape[-1], device=shares.device).clamp(max=RANKS - 1)
-        return self.at(ranks.expand_as(shares), shares)
+        return self._between(self._log_rates, shares, ranks.expand_as(shares))
 
-    def at(self, ranks: Tensor, shares: Tensor) -> Tensor:
-        """Acceptance by ranks below RANKS and draft probabilities of the same shape."""
-        return self._between(self._log_rates, ranks, shares)
+    def of_ranks(self, count: int, shares: Tensor) -> Tensor:
+        """Acceptance of tokens with these draft probabilities [...] at each of the first ranks, [count, ...]."""
+        ranks = torch.arange(count, device=shares.device).clamp(max=RANKS - 1)
+        return self._between(self._log_rates, shares, ranks.view(-1, *[1] * shares.ndim))
 
     def learn(self, outcomes: list[tuple[int, float, bool]]) -> None:
         """Rank, draft probability and fate of children that were tried."""
@@ -95,7 +96,7 @@ class AcceptanceTable:
         ranks = torch.tensor([rank for rank, _, _ in outcomes]).clamp(max=RANKS - 1)
         shares = torch.tensor([share for _, share, _ in outcomes], dtype=torch.float64)
         fates = torch.tensor([float(fate) for _, _, fate in outcomes], dtype=torch.float64)
-        believed = self._between(self._prior.log2(), ranks, shares)
+        believed = self._between(self._prior.log2(), shares, ranks)
         low, part, _ = self._place(shares)
         for knot, weight in ((low, 1.0 - part), (low + 1, part)):
             cells = ranks * len(KNOTS) + knot
@@ -116,15 +117,15 @@ class AcceptanceTable:
         self.rates = rates.clamp(min=2**-40, max=1.0)
         self._log_rates = self.rates.log2()
 
-    def _between(self, log_rates: Tensor, ranks: Tensor, shares: Tensor) -> Tensor:
+    def _between(self, log_rates: Tensor, shares: Tensor, ranks: Tensor) -> Tensor:
         low, part, below = self._place(shares)
-        rows, part = log_rates.to(shares.device, shares.dtype), part.to(shares.dtype)
-        height = rows[ranks, low] * (1.0 - part) + rows[ranks, low + 1] * part
-        return (height + below.to(shares.dtype) if self._falls else height).exp2()
+        rows = log_rates.to(shares.device, shares.dtype)
+        height = torch.lerp(rows[ranks, low], rows[ranks, low + 1], part)
+        return (height + below if self._falls else height).exp2()
 
     def _place(self, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The knot below each probability, how far it is to the next one, and log2 of how far below all knots."""
-        knots, x = self._knots.to(shares.device), shares.double().log2()
+        knots, x = self._knots.to(shares.device, shares.dtype), shares.log2()
         inside = x.clamp(min=LOWEST, max=0.0)
         low = (torch.bucketize(inside, knots, right=True) - 1).clamp(max=len(KNOTS) - 2)
         return low, (inside - knots[low]) / (knots[low + 1] - knots[low]), (x - LOWEST).clamp(max=0.0)
@@ -156,25 +157,23 @@ class DrawnValues:
 
     def of(self, q: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """[M, W] each, for laws q [M, V] and draws' probabilities [M, W]."""
-        accept = self.table.of(shares)
+        of_ranks = self.table.of_ranks(shares.shape[1], shares).transpose(0, 1)  # [M, W (rank), W (draw)]
+        accept = of_ranks.diagonal(dim1=1, dim2=2)
         stay = _exclusive((1.0 - accept).cumprod(1), 1.0)
-        return stay * self._expected(q, shares), stay * accept
+        taken = (shares[:, None] * of_ranks).tril(-1).sum(-1)
+        left = (1.0 - _exclusive(shares.cumsum(1), 0.0)).clamp(min=1e-6)
+        # E_{y ~ R_j}[a(j, q(y))]: the whole law's sum for draw j, without the part of the draws before j.
+        expected = ((self._whole(q, shares.shape[1]) - taken).clamp(min=0.0) / left).clamp(max=1.0)
+        return stay * expected, stay * accept
 
-    def _expected(self, q: Tensor, shares: Tensor) -> Tensor:
-        """E_{y ~ R_j}[a(j, q(y))], [M, W]: the whole law's sum for draw j, without the part of the draws before j."""
-        width = shares.shape[1]
-        ranks = torch.arange(width, device=q.device).clamp(max=RANKS - 1)[:, None]
+    def _whole(self, q: Tensor, width: int) -> Tensor:
+        """E_{y ~ q}[a(j, q(y))], [M, W]."""
         likeliest = q.topk(min(LOOKED_AT, q.shape[1]), dim=1).values
         rest = (1.0 - likeliest.sum(1)).clamp(min=0.0)
         squares = (q.square().sum(1) - likeliest.square().sum(1)).clamp(min=0.0)
         mean = torch.where(rest > 1e-6, squares / rest.clamp(min=1e-6), torch.zeros_like(rest))
-        tokens = torch.cat([likeliest, mean[:, None]], 1)[:, None].expand(-1, width, -1)
-        masses = torch.cat([likeliest, rest[:, None]], 1)[:, None]
-        whole = (masses * self.table.at(ranks.expand_as(tokens), tokens)).sum(-1)
-        drawn = shares[:, None].expand(-1, width, -1)  # [M, W (slot), W (draw)]
-        taken = (drawn * self.table.at(ranks.expand_as(drawn), drawn)).tril(-1).sum(-1)
-        left = (1.0 - _exclusive(shares.cumsum(1), 0.0)).clamp(min=1e-6)
-        return ((whole - taken).clamp(min=0.0) / left).clamp(max=1.0)
+        tokens, masses = torch.cat([likeliest, mean[:, None]], 1), torch.cat([likeliest, rest[:, None]], 1)
+        return (masses * self.table.of_ranks(width, tokens)).sum(-1).T
 
 
 def _exclusive(cumulated: Tensor, first: float) -> Tensor:

@@ -143,7 +143,7 @@ def test_the_expected_acceptance_of_a_slot_is_that_over_the_whole_law(vocabulary
         for row in range(3):
             stay, left = 1.0, q[row].clone()
             for draw in range(4):
-                rates = table.at(torch.full((vocabulary,), draw), q[row])
+                rates = table.of_ranks(4, q[row])[draw]
                 expected = float((left * rates).sum() / left.sum())
                 assert float(keys[row, draw]) == pytest.approx(stay * expected, rel=within)
                 accept = float(rates[drawn[row, draw]])
