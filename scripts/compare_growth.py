@@ -1,11 +1,13 @@
 """tau and tokens per second of every growth policy, over temperatures and budgets, on the demo pair.
 
-    python scripts/compare_growth.py --out build/growth.jsonl --markdown docs/benchmarks/FILE.md
-    python scripts/compare_growth.py --out build/growth.jsonl --only tau --budgets 8 64 --temperatures 1.0
+    python scripts/compare_growth.py --out build/growth-1.jsonl --temperatures 1 --only tau
+    python scripts/compare_growth.py --out build/growth-0.jsonl --temperatures 0 0.6 --only tau     # beside the first
+    python scripts/compare_growth.py --out build/growth-1.jsonl --temperatures 1 --markdown docs/benchmarks/FILE.md
 
-Every measured cell is one JSON line of --out. A run that was broken off goes on where it stopped; with other
-settings it wants another file. tau comes from batches and needs no quiet machine; tokens per second are of one prompt
-at a time, all policies in turns on each prompt in shuffled order, and want a machine that does nothing else.
+Every measured cell is one JSON line of --out. A run that was broken off goes on where it stopped, and one half can be
+measured after the other; other settings want another file. tau comes from batches and needs no quiet machine; tokens
+per second are of one prompt at a time, all policies in turns on each prompt in shuffled order, and want a machine that
+does nothing else.
 
 Prompts are beginnings from modules that the demo pair was not trained on. What a policy learns or measures beforehand
 (Sequoia's acceptance vector, the warmed calibration) comes from other modules than those it is tested on. All policies
@@ -20,7 +22,8 @@ see the same prompts; intervals and paired ratios resample prompts.
     calibrated          begins with tables learned on the other modules, and goes on learning
     calibrated-cold     as it comes, and learns nothing: the first step of a first prompt, which later ones surpass
 
-Children are drawn at temperatures above 0 wherever a policy can do both.
+Children are drawn at temperatures above 0 wherever a policy can do both. What cannot differ is measured once: a chain
+is the same under all budgets beyond its depth, and at temperature 0 there is one rule.
 """
 
 from __future__ import annotations
@@ -192,7 +195,7 @@ def tau_line(cell: Line, pair: Pair, args: argparse.Namespace) -> Line:
 
 def speed_line(cell: Line, pair: Pair, args: argparse.Namespace) -> Line:
     """One temperature and budget: seconds of every policy on each prompt, policies in turns."""
-    names = [None, *args.policies]
+    names = [None, *(policy for policy in args.policies if differs(policy, cell, args))]
     order = random.Random(args.seed)
     spent: dict[str, Line] = {name or "none": {"tokens": [], "steps": [], "seconds": []} for name in names}
     for number, prompt in enumerate(pair.test[: args.speed_prompts]):
@@ -218,9 +221,17 @@ def cells(args: argparse.Namespace) -> Iterator[Line]:
             at = {"temperature": temperature, "budget": budget}
             if args.only != "speed":
                 for policy in args.policies:
-                    yield {"what": "tau", **at, "policy": policy}
+                    if differs(policy, at, args):
+                        yield {"what": "tau", **at, "policy": policy}
             if args.only != "tau":
                 yield {"what": "speed", **at}
+
+
+def differs(policy: str, at: Line, args: argparse.Namespace) -> bool:
+    """Whether a cell is not the same as another one."""
+    if policy == "dyspec-recursive":
+        return at["temperature"] > 0
+    return policy != "chain" or not any(args.depth <= budget < at["budget"] for budget in args.budgets)
 
 
 def key_of(line: Line) -> tuple[Any, ...]:
@@ -292,8 +303,9 @@ def rows(found: dict[tuple[Any, ...], Line], args: argparse.Namespace) -> Iterat
             base = found.get(("tau", *at, BASE))
             spent = found.get(("speed", *at, None), {}).get("policies", {})
             for policy in args.policies:
-                line = found.get(("tau", *at, policy))
-                timed = spent.get(policy)
+                line, timed = found.get(("tau", *at, policy)), spent.get(policy)
+                if line is None and timed is None:
+                    continue
                 taus = ["", "", ""]
                 if line:
                     taus[:2] = f"{line['nodes']:.1f}", shown(ratio(line["tokens"], line["steps"]), "{:.2f}".format)
@@ -326,8 +338,8 @@ def report(found: dict[tuple[Any, ...], Line], args: argparse.Namespace) -> str:
     told = (
         f"tau of {args.prompts} prompts of {args.prompt_tokens} tokens and {args.tokens} new ones, in batches of "
         f"{args.batch}; tokens/s of {args.speed_prompts} prompts and {args.speed_tokens} new tokens, one at a time; "
-        f"depth {args.depth} at most; fp32, {machine['cpu']}, {args.threads} threads of {machine['cores']}; {environment}. "
-        f"In brackets: 95 % by bootstrap over prompts."
+        f"depth {args.depth} at most; fp32, {machine['cpu']}, {args.threads} threads of {machine['cores']}; "
+        f"{environment}. In brackets: 95 % by bootstrap over prompts."
     )
     table = ["| " + " | ".join(row) + " |" for row in [HEADER, ["---"] * len(HEADER), *rows(found, args)]]
     verdicts = [f"- {line}" for line in verdict(found, args)]
@@ -349,7 +361,7 @@ def main() -> None:
     parser.add_argument("--learn-tokens", type=int, default=64, help="on each of the other prompts, beforehand")
     parser.add_argument("--speed-prompts", type=int, default=6)
     parser.add_argument("--speed-tokens", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     args = parser.parse_args()
