@@ -85,6 +85,8 @@ def traced(
     cap: int,
     params: SamplingParams | None = None,
     counts: AcceptanceCounts | None = None,
+    *,
+    roots_only: bool = False,
 ) -> Trace:
     """Take the drafter along a text that the target generated.
 
@@ -96,6 +98,7 @@ def traced(
         cap: most tokens that were asked for.
         params: of sampling, as the drafter would see them.
         counts: also counts here which child of which rank and depth was right.
+        roots_only: score the root alone, all that a drafter needs that learns nothing from the logits of other nodes.
 
     Raises:
         SpecdecError: children were drawn.
@@ -114,11 +117,12 @@ def traced(
         tree = drafter.propose(root, params, chooser, len(text) - 1 - at)
         if tree.log_q is not None:
             raise SpecdecError("a trace needs chosen children; drawn ones depend on the draw, measure them by decoding")
-        alone = TokenTree.of_roots(root)  # nothing is accepted, so the target needs no more
-        scored = verifier.score(alone)
+        # A tree that the target's own first layers ran has to be finished.
+        needed = TokenTree.of_roots(root) if roots_only and tree.resume is None else tree
+        scored = verifier.score(needed)
         verifier.commit([[]])
         nodes = accepted_nodes(tree.shapes[0], tree.tokens[0].tolist(), text[at + 1 :])
-        drafter.observe(Committed([[text[at]]], [[0]], alone, scored.logits, scored.taps))
+        drafter.observe(Committed([[text[at]]], [[0]], needed, scored.logits, scored.taps))
         if counts is not None:
             counts.observe(tree, [[0, *nodes]])
         paths.append(_ranks(tree, nodes))

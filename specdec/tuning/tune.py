@@ -177,7 +177,9 @@ class Tuner:
             self._say("measuring acceptance", number, len(plain))
             drafter = load_drafter(spec, self.job.model)
             assert drafter is not None
-            traces.append(traced(target, drafter, prompt, run.text, self.job.max_new_tokens, counts=self.counts))
+            traces.append(
+                traced(target, drafter, prompt, run.text, self.job.max_new_tokens, counts=self.counts, roots_only=True)
+            )
         if bool(self.counts.trials[:1, :1].sum() > 0):
             self.counts.save(self.table)
         return traces

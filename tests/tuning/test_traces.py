@@ -96,6 +96,22 @@ def test_drafters_that_read_the_targets_states_follow_a_trace_too(spec: str):
     assert any(trace.paths), "something was accepted"
 
 
+@pytest.mark.parametrize("spec", ["draft", "early-exit:layer=3,depth=2,budget=5"])
+def test_scoring_roots_alone_gives_the_same_trace(spec: str):
+    ids = prompt(1)["input_ids"]
+    text, target = text_of(ids)[:12], target_of(shared_target())
+    traces = []
+    for roots_only in (False, True):
+        drafter: Any = (
+            DraftModelDrafter(target_of(shared_draft()), shape=WIDEST)
+            if spec == "draft"
+            else load_drafter(spec, shared_target())
+        )
+        traces.append(traced(target, drafter, ids[0].tolist(), text, CAP, roots_only=roots_only))
+    assert traces[0] == traces[1]
+    assert any(traces[0].paths), "nothing accepted would show nothing"
+
+
 def test_counts_are_those_of_the_traced_positions():
     ids = prompt(1)["input_ids"]
     counts = AcceptanceCounts(4, 16)
