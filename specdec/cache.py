@@ -15,14 +15,21 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 MIN_CAPACITY = 64
+WIDTH_STEP = 256
+"""Least width of buffers that are handed out whole, and the step between their widths up to four times that."""
 
 
 class BufferedLayer(DynamicLayer):
-    """One attention layer's keys and values, [B, H, C, D] each, of which the first `length` columns are used."""
+    """One attention layer's keys and values, [B, H, C, D] each, of which the first `length` columns are used.
 
-    def __init__(self, capacity: int = 0) -> None:
+    With `whole` attention is handed a few fixed widths (see `whole_width`) instead of the columns in use: a kernel that
+    is compiled for its shapes then sees a few of them, and its mask hides the rest.
+    """
+
+    def __init__(self, capacity: int = 0, *, whole: bool = False) -> None:
         super().__init__()
-        self.capacity = capacity
+        self.capacity = whole_width(capacity) if whole else capacity
+        self.whole, self._least = whole, self.capacity
         self.length = 0
         self._keys = self._values = torch.empty(0)
 
@@ -35,7 +42,7 @@ class BufferedLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append columns in place; returns views of everything used, [B, H, length, D]."""
+        """Append columns in place; returns views of everything used, [B, H, length, D], or of the whole width."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[-2]
@@ -43,10 +50,22 @@ class BufferedLayer(DynamicLayer):
         self._keys[:, :, self.length : end] = key_states
         self._values[:, :, self.length : end] = value_states
         self.use(end)
-        return self.used
+        if not self.whole:
+            return self.used
+        width = self.columns_for(end)
+        return self._keys[:, :, :width], self._values[:, :, :width]
+
+    def columns_for(self, length: int) -> int:
+        """Columns that attention is handed when so many are in use; depends on nothing else."""
+        return max(whole_width(length), self._least) if self.whole else length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns that attention is handed when so many more have been appended, and the first one's number."""
+        return self.columns_for(self.length + query_length), 0
 
     def reserve(self, length: int) -> None:
         """Make room for so many columns."""
+        length = self.columns_for(length)
         if length > self._keys.shape[-2]:
             self._grow(length)
 
@@ -119,6 +138,12 @@ class BufferedLayer(DynamicLayer):
             self.use(self.length)
 
 
+def whole_width(length: int) -> int:
+    """The least of a few widths that holds so many columns: four in each octave."""
+    step = max(WIDTH_STEP, 1 << max(length.bit_length() - 3, 0))
+    return max(-(-length // step) * step, WIDTH_STEP)
+
+
 def _buffer_like(states: Tensor, capacity: int) -> Tensor:
     # Zeros, not empty: a masked column still enters the product with weight 0, and 0 * NaN is NaN.
     return states.new_zeros(*states.shape[:2], capacity, states.shape[3])
@@ -130,11 +155,17 @@ class KVCache(Cache):
     Args:
         num_layers: layers of the model.
         capacity: columns to allocate at first use, when the final length is known.
+        whole_buffers: hand out a few fixed widths, for attention that is compiled for its shapes.
     """
 
-    def __init__(self, num_layers: int, capacity: int = 0) -> None:
-        self.buffers = [BufferedLayer(capacity) for _ in range(num_layers)]
+    def __init__(self, num_layers: int, capacity: int = 0, *, whole_buffers: bool = False) -> None:
+        self.whole_buffers = whole_buffers
+        self.buffers = [BufferedLayer(capacity, whole=whole_buffers) for _ in range(num_layers)]
         super().__init__(layers=list(self.buffers))
+
+    def columns_for(self, length: int) -> int:
+        """Columns that attention is handed when so many are in use."""
+        return self.buffers[0].columns_for(length) if self.buffers else length
 
     def keep(self, kept: list[list[int]], starts: list[int], length: int) -> None:
         """Commit: move columns `kept[b]` of row b to `starts[b]` onwards, then cut every layer to `length`.
@@ -176,13 +207,13 @@ class KVCache(Cache):
         return next(layer.used[0].device for layer in self.buffers if layer.is_initialized)
 
     @staticmethod
-    def copy_of(cache: Cache, num_layers: int, capacity: int = 0) -> KVCache:
+    def copy_of(cache: Cache, num_layers: int, capacity: int = 0, *, whole_buffers: bool = False) -> KVCache:
         """The contents of a user's cache in buffers of our own.
 
         A sliding-window layer keeps only its last columns; the forgotten ones become zeros, which lie outside
         the window of every later position and are masked there.
         """
-        copy = KVCache(num_layers, capacity)
+        copy = KVCache(num_layers, capacity, whole_buffers=whole_buffers)
         for index, (ours, theirs) in enumerate(zip(copy.buffers, cache.layers, strict=False)):
             keys, values = getattr(theirs, "keys", None), getattr(theirs, "values", None)
             if keys is None or values is None or keys.numel() == 0:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from specdec.additive_mask import AdditiveMask
+from specdec.block_mask import BlockedMask
 from specdec.cache import KVCache
-from specdec.target import Form, Target, TargetOutput
-
-Mask = Tensor | dict[str, Tensor | None] | None
+from specdec.target import FLEX, Form, Mask, Target, TargetOutput
+from specdec.visibility import Reach, Sees, Visibility
 
 
 class Runner(Protocol):
@@ -84,7 +85,14 @@ class Context:
 
     def __init__(self, target: Target | Runner, capacity: int = 0) -> None:
         self.target = cast(Target, target)  # a head lacks only what it is never asked for
-        self.cache = KVCache(target.num_layers, capacity)
+        self._blocked = isinstance(target, Target) and target.attention == FLEX
+        self.cache = KVCache(target.num_layers, capacity, whole_buffers=self._blocked)
+        self._masks: dict[str, AdditiveMask | BlockedMask] = {
+            kind: BlockedMask(reach_of(kind, target), target.device)
+            if self._blocked
+            else AdditiveMask(reach_of(kind, target), target.dtype, target.device)
+            for kind in target.kinds
+        }
         self.starts: list[int] = []
         self.lengths: list[int] = []
         self.position_limit: list[int] | None = None
@@ -109,6 +117,7 @@ class Context:
         """Declare columns [starts[b], length) of row b committed, as after a left-padded prefill."""
         self.starts, self.lengths = list(starts), [length] * len(starts)
         self._drop_tree()
+        self._forget_masks()
 
     def prefill(self, rows: list[list[int]]) -> TargetOutput:
         """Run and commit the first tokens of an empty context, through the model's own causal masks.
@@ -129,7 +138,7 @@ class Context:
         self,
         tokens: Tensor,
         depths: Tensor,
-        sees: Tensor,
+        sees: Sees,
         *,
         taps: tuple[int, ...] = (),
         keep_logits: int | None = 0,
@@ -140,7 +149,8 @@ class Context:
         Args:
             tokens: [B, Q] ids of the new nodes.
             depths: [B, Q] distance from the first uncommitted position, on the host.
-            sees: bool [B, Q, W + Q] on the host: which tree columns each new node sees.
+            sees: bool [B, Q, W + Q] on the host: which tree columns each new node sees; or, for a whole tree at once,
+                the rows' topologies, whose blocks of the mask are kept.
             taps: hidden states to return.
             keep_logits: logits of the last so many nodes only; 0 for all, None for none.
             num_layers: run only so many layers from the bottom, with the model's own norm and head.
@@ -153,7 +163,7 @@ class Context:
         return self.target.forward_bottom(num_layers, tokens, positions, mask, self.cache, keep_logits=keep_logits)
 
     def finish(
-        self, first_layer: int, hidden: Tensor, tokens: Tensor, sees: Tensor, *, taps: tuple[int, ...] = ()
+        self, first_layer: int, hidden: Tensor, tokens: Tensor, sees: Sees, *, taps: tuple[int, ...] = ()
     ) -> TargetOutput:
         """Run the layers from `first_layer` on all W tree columns, whose states below are `hidden` [B, W, D]."""
         assert hidden.shape[1] == self.tree_width == tokens.shape[1], "states of every node, in column order"
@@ -196,6 +206,7 @@ class Context:
         self.cache.batch_select_indices(torch.tensor(rows))
         self.cache.cut(self.base)
         self._drop_tree()
+        self._forget_masks()
 
     def _drop_tree(self) -> None:
         self._tree_depths = torch.zeros(self.batch_size, 0, dtype=torch.long)
@@ -210,14 +221,16 @@ class Context:
             positions = positions.minimum(torch.tensor(self.position_limit)[:, None])
         return positions.to(self.target.device)
 
-    def _mask(self, depths: Tensor, sees: Tensor) -> Mask:
+    def _mask(self, depths: Tensor, sees: Sees) -> Mask:
         """The mask in the form the target's layers eat; None when a plain decode step needs none."""
         if self.target.form == "chain":
             return self._padding_mask()
-        single_step = sees.shape[1] == sees.shape[2] == 1
-        if single_step and self.target.kinds == ("full_attention",) and self._is_rectangular:
+        single_step = depths.shape[1] == self.tree_width == 1
+        if single_step and self.target.kinds == ("full_attention",) and self._is_rectangular and not self._blocked:
             return None
-        masks: dict[str, Tensor | None] = {k: self._additive(k, depths, sees) for k in self.target.kinds}
+        handed_out = self.cache.columns_for(self.base + self.tree_width)
+        visibility = Visibility(self.starts, self.lengths, self._tree_depths, depths, sees, handed_out)
+        masks = {kind: mask.of(visibility) for kind, mask in self._masks.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     @property
@@ -226,45 +239,28 @@ class Context:
         base = self.base
         return not any(self.starts) and all(length == base for length in self.lengths)
 
-    def _columns(self) -> Tensor:
-        """Bool [B, base]: which committed columns are live, on the host."""
-        column = torch.arange(self.base)
-        starts, ends = torch.tensor(self.starts)[:, None], torch.tensor(self.lengths)[:, None]
-        return (column >= starts) & (column < ends)
-
     def _padding_mask(self) -> Tensor | None:
         """2-D mask for chain-only targets, or None when nothing is padded."""
         if self._is_rectangular:
             return None
-        live = self._columns()
+        column = torch.arange(self.base)
+        live = (column >= torch.tensor(self.starts)[:, None]) & (column < torch.tensor(self.lengths)[:, None])
         return torch.cat([live, live.new_ones(self.batch_size, self.tree_width)], 1).long().to(self.target.device)
 
-    def _additive(self, kind: str, depths: Tensor, sees: Tensor) -> Tensor:
-        """Additive [B, 1, Q, base + W]: committed columns and ancestors, inside the layer kind's window."""
-        base, dtype = self.base, self.target.dtype
-        lowest = torch.finfo(dtype).min
-        mask = torch.zeros(self.batch_size, 1, sees.shape[1], base + sees.shape[2], dtype=dtype)
-        if not self._is_rectangular:
-            mask[..., :base].masked_fill_(~self._columns()[:, None, None, :], lowest)
-        mask[..., base:].masked_fill_(~sees[:, None], lowest)
-        hidden = self._outside_window(kind, depths)
-        if hidden is not None:
-            mask.masked_fill_(hidden[:, None], lowest)
-        return mask.to(self.target.device)
+    def _forget_masks(self) -> None:
+        for mask in self._masks.values():
+            mask.forget()
 
-    def _outside_window(self, kind: str, depths: Tensor) -> Tensor | None:
-        """Bool [B, Q, base + W] of columns beyond a sliding window or chunk; on logical positions."""
-        if kind not in ("sliding_attention", "chunked_attention"):
-            return None
-        starts = torch.tensor(self.starts)[:, None]
-        ends = torch.tensor(self.lengths)[:, None] - starts
-        keys = torch.cat([torch.arange(self.base) - starts, ends + self._tree_depths], 1)[:, None, :]
-        queries = (ends + depths)[:, :, None]
-        if kind == "sliding_attention":
-            assert self.target.window is not None
-            return queries - keys >= self.target.window
-        assert self.target.chunk is not None
-        return queries // self.target.chunk != keys // self.target.chunk
+
+def reach_of(kind: str, target: Target | Runner) -> Reach:
+    """How far back layers of this kind attend."""
+    if kind == "sliding_attention":
+        assert target.window is not None
+        return Reach(window=target.window)
+    if kind == "chunked_attention":
+        assert target.chunk is not None
+        return Reach(chunk=target.chunk)
+    return Reach()
 
 
 def left_padded(rows: list[list[int]], device: Any) -> tuple[Tensor, list[int]]:

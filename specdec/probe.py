@@ -108,7 +108,7 @@ def probe(target: Target) -> Probe:
     was_training, was_form = model.training, target.form
     model.eval()
     try:
-        with _shortened_windows(target):
+        with _shortened_windows(target), target.uncompiled_on_cpu():
             return _probe(target)
     finally:
         model.train(was_training)

@@ -3,8 +3,8 @@
 It knows which attention mask the model's layers eat, hands out hidden states (taps), and runs layers
 lo..hi with the model's own norms, heads and scalings by swapping its list of layers.
 
-Masks are always additive, 0 and the dtype's minimum: eager attention *adds* a boolean mask to the scores
-and goes silently wrong, sdpa takes both.
+Masks are additive, 0 and the dtype's minimum: eager attention *adds* a boolean mask to the scores and goes silently
+wrong, sdpa takes both. FlexAttention alone takes a BlockMask, and no other.
 
 Dimensions: B sequences, Q query tokens, C cache columns, D hidden size, V vocabulary.
 """
@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -27,6 +28,11 @@ from specdec.errors import UnsupportedModel
 Form = Literal["tree", "chain"]
 MASKED_ATTENTION = ("eager", "sdpa", "specdec_sdpa")
 """Attention implementations that take an additive 4-D mask."""
+FLEX = "flex_attention"
+"""The attention implementation that takes a BlockMask."""
+
+Mask = Tensor | BlockMask | dict[str, Tensor | BlockMask | None] | None
+"""What an attention implementation eats, one for each layer kind where a model has several."""
 
 BEFORE_NORM = -1
 """The tap of the last layer's output before the final norm, which no index of `hidden_states` names."""
@@ -152,7 +158,7 @@ class Target:
         self,
         input_ids: Tensor,
         positions: Tensor,
-        mask: Tensor | dict[str, Tensor | None] | None,
+        mask: Mask,
         cache: Cache,
         *,
         taps: tuple[int, ...] = (),
@@ -163,8 +169,8 @@ class Target:
         Args:
             input_ids: token ids [B, Q].
             positions: logical positions [B, Q].
-            mask: additive [B, 1, Q, C + Q], one per layer kind for models with several, or None for
-                the model's own causal mask.
+            mask: additive [B, 1, Q, C + Q] or a BlockMask, one per layer kind for models with several, or None
+                for the model's own causal mask.
             cache: appended to.
             taps: `hidden_states` indices to return, or BEFORE_NORM.
             keep_logits: logits of the last so many positions only; 0 for all, None for none.
@@ -186,9 +192,22 @@ class Target:
         indices = [tap for tap in taps if tap != BEFORE_NORM]
         if indices:
             inputs["output_hidden_states"] = indices
-        with self._last_layer(BEFORE_NORM in taps) as last:
+        with self._last_layer(BEFORE_NORM in taps) as last, self.uncompiled_on_cpu():
             output = self.model(**inputs, return_dict=True)
         return TargetOutput(output.logits, {tap: output.hidden_states[tap] for tap in indices} | last)
+
+    @contextmanager
+    def uncompiled_on_cpu(self) -> Iterator[None]:
+        """Inside, FlexAttention on a CPU runs as it is written.
+
+        Compiled there, every shape costs half a minute, and where a mask reads tensors by query and shapes change the
+        C++ that comes out does not build (torch 2.13). On other devices, and with other attention, nothing happens.
+        """
+        if self.attention != FLEX or self.device.type != "cpu":
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
     @contextmanager
     def _last_layer(self, wanted: bool) -> Iterator[dict[int, Tensor]]:
@@ -212,7 +231,7 @@ class Target:
         num_layers: int,
         input_ids: Tensor,
         positions: Tensor,
-        mask: Tensor | dict[str, Tensor | None] | None,
+        mask: Mask,
         cache: Cache,
         *,
         keep_logits: int | None = 0,
@@ -244,7 +263,7 @@ class Target:
         hidden: Tensor,
         input_ids: Tensor,
         positions: Tensor,
-        mask: Tensor | dict[str, Tensor | None] | None,
+        mask: Mask,
         cache: Cache,
         *,
         taps: tuple[int, ...] = (),
@@ -286,7 +305,7 @@ class Target:
         after: list[Tensor] = []
         hook = self._parent.register_forward_hook(lambda _m, _i, output: after.append(output[0]))
         try:
-            with self._resumed(self.num_layers, hidden):
+            with self._resumed(self.num_layers, hidden), self.uncompiled_on_cpu():
                 output = self.model(input_ids=ids, use_cache=False, return_dict=True)
         finally:
             hook.remove()
@@ -395,7 +414,7 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
             "Use plain model.generate(), or an attention-only model of the same family."
         )
     attention = config._attn_implementation
-    if attention not in MASKED_ATTENTION:
+    if attention not in (*MASKED_ATTENTION, FLEX):
         raise UnsupportedModel(
             f"attention implementation {attention!r} takes no tree mask. "
             'Call model.set_attn_implementation("sdpa") (or "eager") first.'

@@ -43,6 +43,11 @@ class Topology:
         return tuple(depths)
 
     @cached_property
+    def depth_row(self) -> Tensor:
+        """The depths as a tensor [N]."""
+        return torch.tensor(self.depths)
+
+    @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
         """Children of every node in node order, which is draw order for drawn children."""
         children: list[list[int]] = [[] for _ in self.parents]
@@ -64,6 +69,32 @@ class Topology:
     def is_chain(self) -> bool:
         """True when no node has two children."""
         return all(len(c) <= 1 for c in self.children)
+
+    @cached_property
+    def heavy_first(self) -> tuple[int, ...]:
+        """All nodes depth first, into the largest subtree first (DySpec, arXiv 2410.11744, appendix C); padding last.
+
+        A node then lies close to its ancestors, so that a mask in this order has few blocks with anything in them.
+        Among subtrees of one size the earlier child, usually the likelier, comes first. Chains stay as they are.
+        """
+        if self.is_chain:
+            return tuple(range(len(self.parents)))
+        sizes = [1] * len(self.parents)
+        for node in range(len(self.parents) - 1, 0, -1):
+            if self.parents[node] != NO_NODE:
+                sizes[self.parents[node]] += sizes[node]
+        order, stack = [], [0]
+        while stack:
+            node = stack.pop()
+            order.append(node)
+            stack.extend(sorted(reversed(self.children[node]), key=sizes.__getitem__))
+        padding = [node for node, parent in enumerate(self.parents) if node and parent == NO_NODE]
+        return (*order, *padding)
+
+    def in_order(self, order: tuple[int, ...]) -> Topology:
+        """The same tree with node `order[i]` in place i; a parent comes before its children in `order`, too."""
+        place = {node: index for index, node in enumerate(order)}
+        return topology(tuple(NO_NODE if (p := self.parents[n]) == NO_NODE else place[p] for n in order))
 
     def path(self, node: int) -> list[int]:
         """Nodes from the root's child down to `node`; empty for the root."""
@@ -227,10 +258,15 @@ class TokenTree:
 
     def ancestors(self) -> Tensor:
         """Bool [B, N, N] on the host: which nodes each node sees (itself and its ancestors)."""
-        if all(shape is self.shapes[0] for shape in self.shapes):
-            return self.shapes[0].ancestors.expand(len(self.shapes), -1, -1)
-        return torch.stack([shape.ancestors for shape in self.shapes])
+        return stacked([shape.ancestors for shape in self.shapes])
 
     def depths(self) -> Tensor:
         """[B, N] on the host: distance from the root, 0 for padding."""
-        return torch.tensor([shape.depths for shape in self.shapes])
+        return stacked([shape.depth_row for shape in self.shapes])
+
+
+def stacked(rows: list[Tensor]) -> Tensor:
+    """Tensors of B rows as one [B, ...]; a view where all rows are the same one."""
+    if all(row is rows[0] for row in rows):
+        return rows[0].expand(len(rows), *rows[0].shape)
+    return torch.stack(rows)

@@ -9,11 +9,16 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
+from specdec.block_mask import BLOCK
 from specdec.cache import KVCache
+from specdec.column_order import ColumnOrder
 from specdec.context import Context
 from specdec.packed import is_packed
-from specdec.target import Target, TargetOutput
+from specdec.target import FLEX, Target, TargetOutput
 from specdec.tree import TokenTree
+
+ORDERED_FROM = 2 * BLOCK
+"""Trees of up to so many nodes have no empty block that another order would not have (docs/architecture.md)."""
 
 
 class Verifier:
@@ -35,6 +40,8 @@ class Verifier:
         self._avoids_narrow = (
             target.device.type == "cpu" and target.dtype == torch.float32 and not is_packed(target.model)
         )
+        self._block_sparse = target.attention == FLEX
+        self._order: ColumnOrder | None = None
         self._rows: list[int] = []
         self._parked: dict[int, KVCache] = {}
 
@@ -56,7 +63,9 @@ class Verifier:
         past: Cache | None = kwargs.pop("past_key_values", None)
         past_length = past.get_seq_length() if past is not None else 0
         if past is not None and past_length:
-            self.context.cache = KVCache.copy_of(past, self.target.num_layers, self._capacity)
+            self.context.cache = KVCache.copy_of(
+                past, self.target.num_layers, self._capacity, whole_buffers=self.context.cache.whole_buffers
+            )
         kwargs["past_key_values"] = self.context.cache
         inputs = cast(Any, self.target.model).prepare_inputs_for_generation(
             input_ids,
@@ -77,15 +86,22 @@ class Verifier:
         N may be larger than the tree's: at widths that are slow here, padding nodes are appended.
         """
         tree = tree.padded_to(self._good_width(tree.num_nodes))
-        ancestors = tree.ancestors()
+        self._order = None
         if tree.resume is not None:
-            return self.context.finish(tree.resume.layer, tree.resume.hidden, tree.tokens, ancestors, taps=self.taps)
-        return self.context.run(tree.tokens, tree.depths(), ancestors, taps=self.taps)
+            return self.context.finish(tree.resume.layer, tree.resume.hidden, tree.tokens, tree.shapes, taps=self.taps)
+        if self._block_sparse and tree.num_nodes > ORDERED_FROM and not tree.is_chain:
+            self._order = ColumnOrder(tree)
+            tree = self._order.tree
+        output = self.context.run(tree.tokens, tree.depths(), tree.shapes, taps=self.taps)
+        return output if self._order is None else self._order.by_node(output)
 
     def _good_width(self, num_nodes: int) -> int:
         """Nodes per row to run. On a CPU the default fp32 product takes two and three rows one by one, and
-        four in the time of two (docs/benchmarks); packed weights have no such cliff.
+        four in the time of two (docs/benchmarks); packed weights have no such cliff. Compiled attention takes one
+        query for a case of its own, and is compiled once more for it.
         """
+        if self._block_sparse:
+            return max(num_nodes, 2)
         batch_size = self.context.batch_size
         if self._avoids_narrow and 1 < batch_size * num_nodes < 4:
             return -(-4 // batch_size)
@@ -93,7 +109,8 @@ class Verifier:
 
     def commit(self, paths: list[list[int]]) -> None:
         """Keep root and path of each row, drop the tree's other columns."""
-        self.context.keep([[0, *path] for path in paths])
+        nodes = [[0, *path] for path in paths]
+        self.context.keep(nodes if self._order is None else self._order.columns(nodes))
 
     def select(self, rows: list[int]) -> None:
         """Keep only these rows; finished ones stop costing target work."""

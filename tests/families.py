@@ -119,13 +119,15 @@ PICTURES_AND_TEXT = tf.Gemma3Config(
 """A model with a vision tower beside its decoder, of as many layers."""
 
 
-def tiny_model(family: str, attention: str = "eager", *, layers: int = LAYERS, seed: int = 0) -> Any:
+def tiny_model(family: str, attention: str = "eager", *, layers: int = LAYERS, seed: int = 0, **overrides: int) -> Any:
     """A random model of the family in float32, the same weights for every attention implementation.
 
-    `layers` may be 2, which still holds one of each kind.
+    `layers` may be 2, which still holds one of each kind. `overrides` are other sizes.
     """
     config = copy.deepcopy(FAMILIES[family])
     config.num_hidden_layers = layers
+    for name, value in overrides.items():
+        setattr(config, name, value)
     for name in ("layer_types", "no_rope_layers"):
         if getattr(config, name, None):
             setattr(config, name, getattr(config, name)[:layers])

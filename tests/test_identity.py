@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import specdec
+from specdec.additive_mask import AdditiveMask
 from specdec.context import Context
 from specdec.demo import draft_path, prompts, target_path
 from specdec.drafter import Drafter
@@ -138,8 +139,8 @@ def test_a_commit_that_keeps_the_wrong_columns_is_noticed(monkeypatch: pytest.Mo
 def test_a_boolean_mask_on_eager_attention_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, told = _model("llama", "eager"), _reference("llama", "eager", "batch-1")
     specdec.target_of(model)  # probed with right masks
-    right = Context._additive
-    monkeypatch.setattr(Context, "_additive", lambda self, *args: right(self, *args) == 0)
+    right = AdditiveMask.of
+    monkeypatch.setattr(AdditiveMask, "of", lambda self, *args: right(self, *args) == 0)
     output = _speculative(model, told, "recycling:budget=8,depth=4")
     assert output.sequences.tolist() != told.sequences.tolist()
 

@@ -12,6 +12,7 @@ from specdec.context import Context
 from specdec.errors import UnsupportedModel
 from specdec.target import BEFORE_NORM, Target, TargetOutput, find_layers, layer_kinds
 from specdec.tree import TokenTree
+from specdec.visibility import Reach
 from tests.families import FAMILIES, LAYERS, VOCAB, WINDOW, tiny_model
 
 LENGTHS = [14, 9, 11]
@@ -87,7 +88,7 @@ def test_after_an_unequal_commit_the_next_tree_agrees_too(family: str) -> None:
 def test_a_mask_without_the_window_is_noticed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family)
     rows, tree = rows_of_prompts(), a_tree()
-    monkeypatch.setattr(Context, "_outside_window", lambda *_: None)
+    monkeypatch.setattr(Reach, "is_limited", False)
     logits = run(prefilled(Target(model), rows), tree).logits
     assert (logits[0, 0] - logits_of(model, [*rows[0], 20])).abs().max() > 0.01
 
