@@ -101,13 +101,12 @@ class AdditiveMask:
     def _advance(self, visibility: Visibility) -> None:
         """Write the columns whose visibility may have changed since the last call."""
         old_base, base = max(self._lengths), visibility.base
-        first = self._first_columns(visibility)
-        if visibility.lengths != self._lengths:
-            self._write(self._lengths, visibility.lengths, visibility, first)
+        self._fill(self._lengths, visibility.lengths, 0.0)
         if base > old_base:  # old tree columns beyond a shorter row's end are dead now
-            self._write([max(old_base, length) for length in visibility.lengths],
-                        [base] * len(visibility.lengths), visibility, first)  # fmt: skip
+            dead_from = [max(old_base, length) for length in visibility.lengths]
+            self._fill(dead_from, [base] * len(dead_from), torch.finfo(self.dtype).min)
         if self.reach.is_limited:
+            first = self._first_columns(visibility)
             fringe = _span(first)
             begins = list(map(min, self._fringe[0], fringe[0]))
             ends = list(map(min, map(max, self._fringe[1], fringe[1]), visibility.lengths))
@@ -124,24 +123,40 @@ class AdditiveMask:
         unused = self._buffer.shape[2] - visibility.num_queries
         return visibility.first_columns(self.reach, torch.nn.functional.pad(visibility.depths, (0, unused)))
 
+    def _fill(self, begins: list[int], ends: list[int], value: float) -> None:
+        """Columns [begins[b], ends[b]) of sequence b become `value` in every row of the buffer."""
+        if begins == ends:
+            return
+        assert self._buffer is not None
+        if _are_equal(begins) and _are_equal(ends):
+            self._buffer[..., begins[0] : ends[0]] = value
+            return
+        columns = self._columns(begins, ends)
+        self._buffer.scatter_(3, columns.expand(*self._buffer.shape[:3], columns.shape[3]), value)
+
     def _write(self, begins: list[int], ends: list[int], visibility: Visibility, first: Tensor) -> None:
-        """Columns [begins[b], ends[b]) of sequence b, all before the tree, in every row of the buffer."""
+        """Columns [begins[b], ends[b]) of sequence b, all before the tree, become what each row of the buffer sees."""
         most = max(end - begin for begin, end in zip(begins, ends, strict=True))
         if most <= 0:
             return
         assert self._buffer is not None
         columns = torch.tensor(begins)[:, None] + torch.arange(most)  # [B, A]
-        seen = (columns[:, None, :] >= first[:, :, None]) & (columns < torch.tensor(visibility.lengths)[:, None])[
-            :, None
-        ]
+        live = columns < torch.tensor(visibility.lengths)[:, None]
+        seen = live[:, None] & (columns[:, None] >= first[:, :, None])
         values = additive(seen, self.dtype)[:, None].to(self.device)  # [B, 1, R or 1, A]
-        if all(begin == begins[0] for begin in begins) and all(end == ends[0] for end in ends):
+        if _are_equal(begins) and _are_equal(ends):
             self._buffer[..., begins[0] : ends[0]] = values
             return
-        spare = self._buffer.shape[3] - 1
-        columns = torch.where(columns < torch.tensor(ends)[:, None], columns, spare).to(self.device)
         shape = (*self._buffer.shape[:3], most)
-        self._buffer.scatter_(3, columns[:, None, None].expand(shape), values.expand(shape))
+        self._buffer.scatter_(3, self._columns(begins, ends).expand(shape), values.expand(shape))
+
+    def _columns(self, begins: list[int], ends: list[int]) -> Tensor:
+        """[B, 1, 1, A]: the columns of each sequence's range, filled up with the buffer's last, which nobody reads."""
+        assert self._buffer is not None
+        most = max(end - begin for begin, end in zip(begins, ends, strict=True))
+        columns = torch.tensor(begins)[:, None] + torch.arange(max(most, 0))
+        columns = torch.where(columns < torch.tensor(ends)[:, None], columns, self._buffer.shape[3] - 1)
+        return columns[:, None, None].to(self.device)
 
     def _tree_block(self, visibility: Visibility) -> Tensor:
         """Additive [B or 1, Q, W]: who sees which tree column."""
@@ -156,6 +171,10 @@ class AdditiveMask:
 def _span(first: Tensor) -> tuple[list[int], list[int]]:
     """Lowest and highest entry of each row."""
     return first.amin(1).tolist(), first.amax(1).tolist()
+
+
+def _are_equal(numbers: list[int]) -> bool:
+    return all(number == numbers[0] for number in numbers)
 
 
 def _rounded(size: int, step: int) -> int:

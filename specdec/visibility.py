@@ -17,7 +17,7 @@ from torch import Tensor
 from specdec.tree import Topology, stacked
 
 Sees = Tensor | tuple[Topology, ...]
-"""Which tree columns each query sees: bool [B, Q, W] on the host, or each row's topology, all of whose nodes are run."""
+"""Which tree columns each query sees: bool [B, Q, W] on the host, or each row's topology where all its nodes run."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Visibility:
         return torch.maximum(starts, starts + reach.first_seen(self.ends[:, None] + depths))
 
     def tree_beyond(self, reach: Reach) -> Tensor | None:
-        """Bool [B, Q, W]: tree columns beyond the reach; None when the whole tree lies within, as it nearly always does."""
+        """Bool [B, Q, W]: tree columns beyond the reach; None when the whole tree lies within, as nearly always."""
         if not reach.is_limited:
             return None
         last = self.ends + int(self.depths.max())
