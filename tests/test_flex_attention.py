@@ -173,12 +173,12 @@ def test_what_is_computed_by_column_comes_back_by_node() -> None:
     nodes = [[(0, 4), (0, 5), (2, 6), (3, 7), (1, 8)], [(0, 9), (0, 10), (0, 11), (3, 12)]]
     tree = TokenTree.of_nodes(torch.tensor([20, 21]), nodes)
     order = ColumnOrder(tree)
-    assert order.tree.tokens.tolist() == [[20, 4, 8, 5, 6, 7], [21, 11, 12, 9, 10, 0]]
+    assert order.tree.tokens.tolist() == [[20, 5, 6, 7, 4, 8], [21, 11, 12, 9, 10, 0]]
     computed = order.tree.tokens[:, :, None].float()
     by_node = order.by_node(TargetOutput(computed, {1: computed}))
     assert torch.equal(by_node.logits[:, :, 0].long(), tree.tokens)
     assert torch.equal(by_node.taps[1], by_node.logits)
-    assert order.columns([[0, 2, 3], [0, 3]]) == [[0, 3, 4], [0, 1]]
+    assert order.columns([[0, 1, 5], [0, 3]]) == [[0, 4, 5], [0, 1]]
 
 
 @pytest.mark.parametrize("children", ["chosen", "drawn"])
