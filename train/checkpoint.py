@@ -136,6 +136,47 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def unwritten(checkpoints: Checkpoints, step: int, error: Exception) -> str:
+    """What to say when a checkpoint cannot be written."""
+    latest = checkpoints.latest()
+    kept = f"{latest.name} is whole" if latest else "nothing was saved before"
+    reason = " ".join(str(error).split())[:160]
+    free = shutil.disk_usage(checkpoints.folder).free if checkpoints.folder.is_dir() else 0
+    return (
+        f"the checkpoint of step {step} cannot be written to {checkpoints.folder} ({reason}; {free / 1e6:.0f} MB free)"
+        f"; {kept}. Make room and run the same command again: it goes on from there"
+    )
+
+
+def check_identity(saved: dict[str, Any], ours: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse to continue a run with other data, another objective or another number of processes.
+
+    Raises:
+        BadCheckpoint: names every field that differs.
+    """
+    before, now = _flat(saved), _flat(ours)
+    differing = [
+        f"{key} {now.get(key)!r} (checkpoint: {before.get(key)!r})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if differing:
+        raise BadCheckpoint(
+            f"{checkpoint} belongs to another run: {'; '.join(differing)}. "
+            "Use another --out, or the settings of that run"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
 def write_whole(file: Path, text: str) -> None:
     """Write a text file so that it is there whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)

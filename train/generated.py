@@ -7,7 +7,7 @@ what the unbroken one read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel
 
@@ -46,7 +46,7 @@ class TwoStages:
     def __init__(
         self,
         fixed: Callable[[list[int]], TrainBatch],
-        written: Callable[[list[int]], TrainBatch],
+        written: MixedSource,
         first_written: int,
     ) -> None:
         self.fixed, self.written, self.first_written = fixed, written, first_written
@@ -55,10 +55,12 @@ class TwoStages:
         """The rows of these numbers, all of one step."""
         return (self.written if numbers[0] >= self.first_written else self.fixed)(numbers)
 
+    def reads_weights(self, numbers: Sequence[int]) -> bool:
+        """Whether these rows are written with the head's present weights."""
+        return numbers[0] >= self.first_written and self.written.reads_weights(numbers)
 
-def written_source(
-    training: HeadTraining, documents: Documents, order: Order, temperature: float
-) -> Callable[[list[int]], TrainBatch]:
+
+def written_source(training: HeadTraining, documents: Documents, order: Order, temperature: float) -> MixedSource:
     """Rows whose documents the target continues behind their beginnings, up to their old length."""
     shares = TextShares(fixed=0.0, target=1.0)
     return MixedSource(documents, order, shares, TargetsOwnText(training), Writing(temperature=temperature))

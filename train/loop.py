@@ -8,8 +8,8 @@ neither survives being killed.
 
 from __future__ import annotations
 
+import copy
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,78 +24,27 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from specdec.errors import BadCheckpoint, BadRecipe
 from specdec.train.batch import PADDING, TrainBatch
-from specdec.train.checkpoint import Checkpoints, read_state
+from specdec.train.checkpoint import Checkpoints, check_identity, read_state, unwritten
+from specdec.train.loop_settings import FREE_SETTINGS, LoopSettings
 from specdec.train.objective import Objective, Term
 from specdec.train.order import derived_seed
 from specdec.train.processes import accelerator_for
-from specdec.train.schedule import Form, Schedule
+from specdec.train.schedule import Schedule
+from specdec.train.shards import Shards, load_moments, whole_state
 from specdec.train.trainable import Trainable
 
 Source = Callable[[list[int]], TrainBatch]
-"""Row numbers over the whole run -> a batch; taps may be there already (from a feature cache)."""
+"""Row numbers over the whole run -> a batch; taps may be there already (from a feature cache).
+
+One that lets the drafter in training write has `reads_weights(numbers)`, which says whether it does for these rows.
+"""
 
 Features = Callable[[TrainBatch], TrainBatch]
 """Adds what the target computes."""
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """How long and how fast.
-
-    Attributes:
-        steps: optimizer steps.
-        rows_per_step: rows of all processes and micro-batches together.
-        rows_at_once: rows of one forward; the rest of a step is accumulated.
-        learning_rate, weight_decay, beta1, beta2, clip: of AdamW; `clip` bounds the gradient's norm, 0 does not.
-        schedule, warmup, floor: see Schedule.
-        bf16: autocast; weights and moments stay fp32.
-        seed: of data order and noise.
-        save_every, evaluate_every: in steps; 0 only at the end.
-        keep: checkpoints beside the best.
-    """
-
-    steps: int
-    rows_per_step: int = 8
-    rows_at_once: int = 8
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip: float = 1.0
-    schedule: Form = "cosine"
-    warmup: int = 0
-    floor: float = 0.1
-    bf16: bool = False
-    seed: int = 0
-    save_every: int = 0
-    evaluate_every: int = 0
-    keep: int = 2
-
-    def check(self, processes: int) -> None:
-        """Refuse what cannot be divided evenly.
-
-        Raises:
-            BadRecipe: says which numbers do not fit.
-        """
-        if self.steps < 1 or self.rows_per_step < 1 or self.rows_at_once < 1:
-            raise BadRecipe("steps, rows per step and rows at once are at least 1")
-        if self.rows_per_step % (self.rows_at_once * processes):
-            raise BadRecipe(
-                f"{self.rows_per_step} rows per step cannot be shared by {processes} processes "
-                f"with {self.rows_at_once} rows at once; make it a multiple of {self.rows_at_once * processes}"
-            )
-        if not self.learning_rate > 0:
-            raise BadRecipe(f"the learning rate is positive, got {self.learning_rate:g}")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.weight_decay >= 0 and self.clip >= 0):
-            raise BadRecipe(
-                f"betas lie in [0, 1), weight decay and clip are not negative, got {self.beta1:g}, {self.beta2:g}, "
-                f"{self.weight_decay:g} and {self.clip:g}"
-            )
-        if min(self.save_every, self.evaluate_every) < 0 or self.keep < 1:
-            raise BadRecipe("save_every and evaluate_every are 0 or more steps, keep is 1 or more")
 
 
 @dataclass
@@ -135,16 +84,20 @@ class Score:
 
 
 class _Terms(nn.Module):
-    """The module as distributed wrappers want it: its forward computes the terms."""
+    """The module as distributed wrappers want it: its forward computes the loss and the terms that it is made of.
+
+    The loss is a result of its own because FSDP2 finds tensors in tuples and not in a Term.
+    """
 
     def __init__(self, trainable: Trainable, objective: Objective) -> None:
         super().__init__()
         self.module = trainable.module
         self._compute = [trainable, objective]  # in a list: the target must not become a submodule
 
-    def forward(self, batch: TrainBatch) -> list[Term]:
+    def forward(self, batch: TrainBatch) -> tuple[Tensor, list[Term]]:
         trainable, objective = cast(tuple[Trainable, Objective], tuple(self._compute))
-        return trainable.terms(batch, objective)
+        terms = trainable.terms(batch, objective)
+        return torch.stack([term.total for term in terms]).sum(), terms
 
 
 class Loop:
@@ -195,9 +148,20 @@ class Loop:
         self.best = -math.inf
         self._restored = False
         self._stopping = False
-        groups = parameter_groups(trainable.module, settings.weight_decay)
+        self._shards: Shards | None = None
+        self._learning = trainable
+        if settings.fsdp:
+            self._shards = Shards(trainable.module, self.accelerator.device, self.accelerator.num_processes)
+            self._learning = copy.copy(trainable)
+            self._learning.module = self._shards.module
+        self.model: nn.Module = _Terms(self._learning, objective)
+        if self._shards is None:
+            self.model = self.accelerator.prepare(self.model)
+        else:
+            self._shards.spread(self.model)
+        groups = parameter_groups(self._learning.module, settings.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2))
-        self.model, self.optimizer = self.accelerator.prepare(_Terms(trainable, objective), optimizer)
+        self.optimizer = self.accelerator.prepare(optimizer)
 
     def run(self, *, resume: bool = True) -> int:
         """Train to the last step, or until SIGTERM or SIGINT, after which the step is finished and saved.
@@ -247,7 +211,7 @@ class Loop:
 
     def _train_step(self) -> StepReport:
         started = time.perf_counter()
-        self.trainable.module.train()
+        self._learning.module.train()
         batches = list(self._batches())
         counts = [(batch.num_supervised, int((batch.documents != PADDING).sum())) for batch in batches]
         supervised, tokens = (int(count) for count in self._sum(torch.tensor(counts).sum(0)))
@@ -259,8 +223,7 @@ class Loop:
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 torch.manual_seed(derived_seed(self.settings.seed, "micro-batch", batch.row_numbers[0]))
                 with self.accelerator.autocast():
-                    terms = self.model(self.features(batch))
-                loss = torch.stack([term.total for term in terms]).sum()
+                    loss, terms = self.model(self.features(batch))
                 self.accelerator.backward(loss * (self.accelerator.num_processes / supervised))
                 totals.add(terms)
         report = self._report(totals, supervised)
@@ -279,19 +242,22 @@ class Loop:
         """This process's share of the step's rows. Groups of rows go round the processes."""
         size, rows = self.settings.rows_at_once, self.settings.rows_per_step
         first = self.step * rows
+        reads_weights = getattr(self.source, "reads_weights", None)
+        if reads_weights is not None and reads_weights(range(first, first + rows)):
+            self._gather()
         groups = [list(range(start, start + size)) for start in range(first, first + rows, size)]
         for group in groups[self.accelerator.process_index :: self.accelerator.num_processes]:
             yield self.source(group)
 
     def _update(self, learning_rate: float) -> float:
         """One optimizer step; returns the gradient's norm before clipping."""
-        parameters = [p for p in self.trainable.module.parameters() if p.requires_grad]
+        parameters = [p for p in self._learning.module.parameters() if p.requires_grad]
         norm = self.accelerator.clip_grad_norm_(parameters, self.settings.clip or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(cast(Tensor, norm))
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _report(self, totals: _Totals, supervised: int) -> StepReport:
         names, values = totals.flat()
@@ -309,9 +275,14 @@ class Loop:
     def _validate_and_save(self) -> None:
         finished = self.step == self.settings.steps
         validates = self.evaluate is not None and (finished or _due(self.step, self.settings.evaluate_every))
-        score = self._validate() if validates else None
-        if finished or self._stopping or _due(self.step, self.settings.save_every) or score is not None:
-            self._save(score)
+        if finished or self._stopping or _due(self.step, self.settings.save_every) or validates:
+            self._gather()
+            self._save(self._validate() if validates else None)
+
+    def _gather(self) -> None:
+        """Bring the trainable's own module up to date, in every process."""
+        if self._shards is not None:
+            self._shards.gather()
 
     def _validate(self) -> Score:
         """Decode held-out prompts on the main process; the run's random numbers stay as they are."""
@@ -326,6 +297,7 @@ class Loop:
         return score
 
     def _save(self, score: Score | None) -> None:
+        moments = whole_state(self.optimizer.state_dict())
         if self.accelerator.is_main_process:
             better = score is not None and score.value > self.best
             if better:
@@ -336,25 +308,25 @@ class Loop:
                 "best": self.best if math.isfinite(self.best) else None,
                 "score": asdict(score) if score is not None else None,
             }
-            path = self._written(state)
+            path = self._written(state, moments)
             if better:
                 self.checkpoints.link("best", path)
                 self.checkpoints.rotate()
             self.checkpoints.offer()
         self.accelerator.wait_for_everyone()
 
-    def _written(self, state: dict[str, Any]) -> Path:
+    def _written(self, state: dict[str, Any], moments: dict[str, Any]) -> Path:
         try:
-            return self.checkpoints.save(self.step, self._write, state)
+            return self.checkpoints.save(self.step, lambda folder: self._write(folder, moments), state)
         except (OSError, SafetensorError, RuntimeError) as error:  # of the file system, safetensors and torch.save
             raise OSError(unwritten(self.checkpoints, self.step, error)) from error
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, moments: dict[str, Any]) -> None:
         """The drafter, ready to be used, in `drafter/`; all that resuming needs beside it."""
         self.trainable.save(folder / "drafter")
         weights = {name: value.detach().contiguous() for name, value in self.trainable.module.state_dict().items()}
         save_file(_untied(weights), folder / "training.safetensors")
-        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        torch.save(moments, folder / "optimizer.pt")
 
     def _resume(self) -> None:
         checkpoint = self.checkpoints.latest()
@@ -371,7 +343,9 @@ class Loop:
         tied = {name for name in missing if name in _tied_names(self.trainable.module)}
         if set(missing) - tied or unexpected:
             raise BadCheckpoint(f"{checkpoint} lacks {sorted(set(missing) - tied)} and has {sorted(unexpected)} beyond")
-        self.optimizer.load_state_dict(moments)
+        load_moments(self.optimizer, moments)
+        if self._shards is not None:
+            self._shards.scatter()
         self.step = int(state["step"])
         self.best = -math.inf if state["best"] is None else float(state["best"])
 
@@ -404,10 +378,6 @@ class Loop:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-FREE_SETTINGS = ("save_every", "evaluate_every", "keep")
-"""Settings that may change on resume without changing what is learned."""
 
 
 class _Totals:
@@ -443,47 +413,6 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     matrices, vectors = [p for p in learning if p.ndim > 1], [p for p in learning if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def unwritten(checkpoints: Checkpoints, step: int, error: Exception) -> str:
-    """What to say when a checkpoint cannot be written."""
-    latest = checkpoints.latest()
-    kept = f"{latest.name} is whole" if latest else "nothing was saved before"
-    reason = " ".join(str(error).split())[:160]
-    free = shutil.disk_usage(checkpoints.folder).free if checkpoints.folder.is_dir() else 0
-    return (
-        f"the checkpoint of step {step} cannot be written to {checkpoints.folder} ({reason}; {free / 1e6:.0f} MB free)"
-        f"; {kept}. Make room and run the same command again: it goes on from there"
-    )
-
-
-def check_identity(saved: dict[str, Any], ours: dict[str, Any], checkpoint: Path) -> None:
-    """Refuse to continue a run with other data, another objective or another number of processes.
-
-    Raises:
-        BadCheckpoint: names every field that differs.
-    """
-    before, now = _flat(saved), _flat(ours)
-    differing = [
-        f"{key} {now.get(key)!r} (checkpoint: {before.get(key)!r})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if differing:
-        raise BadCheckpoint(
-            f"{checkpoint} belongs to another run: {'; '.join(differing)}. "
-            "Use another --out, or the settings of that run"
-        )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _due(step: int, every: int) -> bool:

@@ -142,6 +142,11 @@ class MixedSource:
                     texts[i], written = written[: len(texts[i])], written[len(texts[i]) :]
         return _laid_out(texts, numbers, self.order)
 
+    def reads_weights(self, numbers: Sequence[int]) -> bool:
+        """Whether one of these rows is written with the draft's present weights."""
+        writers = {self.shares.writer(self.order.seed, number) for number in numbers}
+        return "draft" in writers or ("target" in writers and self.writing.speculative)
+
     def _written(self, writer: Writer, documents: list[Document], seed: int) -> list[Document]:
         """These documents with everything after their beginnings written anew."""
         model = self.pens.target.model if writer == "target" else self.pens.served()

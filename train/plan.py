@@ -8,6 +8,7 @@ from typing import Any, cast
 from specdec.train.batch import Documents
 from specdec.train.order import Order
 from specdec.train.recipe import Recipe
+from specdec.train.shards import gathered_apart
 from specdec.train.trainable import Trainable
 
 FP32, MOMENTS = 4, 2
@@ -24,7 +25,7 @@ class Plan:
         documents, tokens, rows: of one epoch.
         tokens_per_step: at most, padding included.
         steps_per_epoch, epochs: of the whole run.
-        target_bytes, drafter_bytes: in memory; the drafter's with gradients and moments.
+        target_bytes, drafter_bytes: in memory of each process; the drafter's with gradients and moments.
         activation_bytes: a rough estimate for the rows of one forward: the target's and the draft's logits.
         checkpoint_bytes: of one checkpoint.
         checkpoints: that may lie on the disk at the same time.
@@ -49,8 +50,8 @@ class Plan:
         return dict(vars(self))
 
 
-def plan_run(recipe: Recipe, training: Trainable, documents: Documents) -> Plan:
-    """Count what this recipe needs on these documents."""
+def plan_run(recipe: Recipe, training: Trainable, documents: Documents, processes: int = 1) -> Plan:
+    """Count what this recipe needs on these documents, in each of so many processes."""
     settings, data = recipe.loop, recipe.data
     order = Order(documents.lengths, data.row_length, settings.seed, packed=data.packed)
     rows = len(order.rows_of(0))
@@ -68,11 +69,23 @@ def plan_run(recipe: Recipe, training: Trainable, documents: Documents) -> Plan:
         steps_per_epoch=rows / settings.rows_per_step,
         epochs=settings.steps * settings.rows_per_step / rows,
         target_bytes=sum(p.numel() * p.element_size() for p in target.model.parameters()),
-        drafter_bytes=FP32 * (sum(sizes) + (1 + MOMENTS) * learning),
+        drafter_bytes=drafter_bytes(training, processes if settings.fsdp else 1),
         activation_bytes=FP32 * LOGITS_ALIVE * positions * target.vocab_size,
         checkpoint_bytes=checkpoint_bytes(training),
         checkpoints=settings.keep + 2,
     )
+
+
+def drafter_bytes(training: Trainable, shards: int) -> int:
+    """Weights, gradients and moments that one process keeps, and the weights that it gathers at the same time."""
+    module = training.module
+    sizes = {id(p): p.numel() for p in module.parameters()}
+    kept = sum(sizes.values()) + (1 + MOMENTS) * sum(p.numel() for p in module.parameters() if p.requires_grad)
+    if shards == 1:
+        return FP32 * kept
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in gathered_apart(module)]
+    gathered = sum(sizes.values()) - sum(layers) + 2 * max(layers, default=0)  # the next layer comes in ahead
+    return FP32 * (kept // shards + gathered)
 
 
 def checkpoint_bytes(trainable: Trainable) -> int:

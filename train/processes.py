@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
@@ -39,8 +40,10 @@ def accelerator_for(
     """This process's Accelerator.
 
     accelerate keeps one state for the life of a process and refuses another precision; a second training in the
-    same process may well want one, so the state of an earlier Accelerator is forgotten then.
+    same process may well want one, so the state of an earlier Accelerator is forgotten then. On a machine without a
+    GPU accelerate 1.15 lets every process of torchrun be the only one, unless it is told to use the CPU.
     """
+    cpu = cpu or (int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available())
     precision = "bf16" if bf16 else "no"
     state = AcceleratorState._shared_state
     if state and state.get("_mixed_precision") != precision:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from specdec.errors import BadRecipe
-from specdec.train.loop import LoopSettings
+from specdec.train.loop_settings import LoopSettings
 from specdec.train.objective import Objective
 
 Settings = TypeVar("Settings")

@@ -40,6 +40,7 @@ FLAGS = {
     "row_length": "data.row_length",
     "seed": "loop.seed",
     "bf16": "loop.bf16",
+    "fsdp": "loop.fsdp",
     "save_every": "loop.save_every",
     "evaluate_every": "loop.evaluate_every",
     "temperature": "data.validation_temperature",
@@ -108,6 +109,12 @@ def train(
         bool, typer.Option("--gradient-checkpointing", help="Compute layers again instead of keeping their states.")
     ] = False,
     processes: Annotated[int, typer.Option(callback=within(1), help="Processes on this machine.")] = 1,
+    fsdp: Annotated[
+        bool | None,
+        typer.Option(
+            "--fsdp/--no-fsdp", help="Share weights, gradients and moments among processes.", show_default=False
+        ),
+    ] = None,
     report_to: Annotated[
         list[str] | None, typer.Option(help="Also report to tensorboard, wandb or trackio.", show_default=False)
     ] = None,
@@ -131,7 +138,8 @@ def train(
     chosen = _usage(lambda: _recipe(kind, recipe, assignments or [], given))
     _usage(lambda: check_trackers(report_to or []))
     check_processes(processes, _device_type(device), torch.cuda.device_count())
-    _usage(lambda: chosen.fitted(processes))
+    sharing = _sharing(processes)
+    _usage(lambda: chosen.fitted(sharing))
     locate(target)
     job = Job(
         recipe=chosen, target=target, data=Path(data), out=out_folder, features=features, prompts=prompts,
@@ -140,7 +148,7 @@ def train(
     )  # fmt: skip
     if plan:
         with tempfile.TemporaryDirectory() as folder:
-            _print_plan(_prepared(job, data, Path(folder)), processes, as_json)
+            _print_plan(_prepared(job, data, Path(folder)), sharing, as_json)
         return
     job = _prepared(job, data, out_folder)
     finished = _run(job, processes, as_json)
@@ -157,6 +165,14 @@ def train(
 def _is_main() -> bool:
     """Whether this process speaks: started by torchrun, every process runs the whole command."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _sharing(processes: int) -> int:
+    """How many processes share the work: those that we start, or those of the torchrun that started us."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if min(started, processes) > 1:
+        raise typer.BadParameter("torchrun has started this command; it starts all processes", param_hint="--processes")
+    return max(started, processes)
 
 
 def _usage(call: Callable[[], Any]) -> Any:
@@ -234,7 +250,7 @@ def _print_plan(job: Job, processes: int, as_json: bool) -> None:
     data = open_prepared(job.data)
     check_tokenizer(data.manifest, model)
     with tempfile.TemporaryDirectory() as folder:
-        plan = plan_run(recipe, training_of(job, recipe, model, data, Path(folder)), data)
+        plan = plan_run(recipe, training_of(job, recipe, model, data, Path(folder)), data, processes)
     if as_json:
         print(json.dumps({"recipe": recipe.resolved(), **plan.to_json()}))
         return

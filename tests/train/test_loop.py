@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from specdec.errors import BadCheckpoint, BadRecipe
-from specdec.train.loop import LoopSettings, Score, StepReport
+from specdec.train.loop import Score, StepReport
+from specdec.train.loop_settings import LoopSettings
 from specdec.train.schedule import Schedule
 from tests.train.toy import make_loop
 

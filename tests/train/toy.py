@@ -1,6 +1,6 @@
 """A drafter of two linear maps on a tiny target, and a loop around it; also runnable, so that it can be killed.
 
-python -m tests.train.toy OUT --steps 12 [--pause 0.05] [--rows-at-once 4]
+python -m tests.train.toy OUT --steps 12 [--pause 0.05] [--rows-at-once 4] [--fsdp]
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from specdec.drafter import Drafter
 from specdec.probe import target_of
 from specdec.train.batch import Document, TrainBatch
 from specdec.train.features import TargetFeatures
-from specdec.train.loop import Loop, LoopSettings, Score, StepReport
+from specdec.train.loop import Loop, Score, StepReport
+from specdec.train.loop_settings import LoopSettings
 from specdec.train.objective import Objective, Term
 from specdec.train.order import Order, Piece
 from specdec.train.trainable import Trainable
@@ -110,10 +111,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--rows-at-once", type=int, default=4)
+    parser.add_argument("--fsdp", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     reports: list[Any] = []
-    loop = make_loop(args.out, pause=args.pause, reports=reports, steps=args.steps, rows_at_once=args.rows_at_once)
+    settings = {"steps": args.steps, "rows_at_once": args.rows_at_once, "fsdp": args.fsdp}
+    loop = make_loop(args.out, pause=args.pause, reports=reports, **settings)
     print("ready", flush=True)
     write = partial(print, flush=True)
     try:

@@ -77,7 +77,9 @@ class DraftModelTraining:
         self.reference = None if reference is None else frozen(cast(Any, reference).float().to(target.device))
         self.keep_share = keep_share
         self.dropout = dropout
-        self.recomputed = recomputed_layers(self.module) if recompute else []
+        self._recompute = recompute
+        if recompute:
+            recompute_layers(self.module)
         self.options = dict(options or {})
         self._served: PreTrainedModel | None = None
         frozen(target.model)
@@ -99,6 +101,12 @@ class DraftModelTraining:
         for layer in self.recomputed:
             layer.training = True
 
+    @property
+    def recomputed(self) -> list[nn.Module]:
+        """Layers that are run again in the backward pass."""
+        layers = (part for part in self.module.modules() if isinstance(part, GradientCheckpointingLayer))
+        return list(layers) if self._recompute else []
+
     def _filtered(self, term: Term, batch: TrainBatch, objective: Objective, law: Tensor) -> Term:
         """The term with the weight of each row on the positions that AdaSPEC keeps.
 
@@ -119,15 +127,18 @@ class DraftModelTraining:
     def served(self) -> PreTrainedModel:
         """The draft as it will be used: in evaluation mode and in the target's dtype.
 
-        In the target's dtype already, it is the module that learns; else a copy that is made once and refreshed.
+        In the target's dtype and place already, it is the module that learns; else a copy that is made once and
+        refreshed.
         """
-        if self.module.dtype == self.target.dtype:
+        target = self.target
+        if (self.module.dtype, self.module.device) == (target.dtype, target.device):
             return self.module.eval()
         served = self._served
         if served is None:
-            served = self._served = frozen(copy.deepcopy(self.module))
+            served = frozen(copy.deepcopy(self.module))
             for parameter in served.parameters():  # buffers stay: rotary frequencies do not survive bf16
-                parameter.data = parameter.data.to(self.target.dtype)
+                parameter.data = parameter.data.to(target.dtype)
+            served = self._served = served.to(target.device)
         with torch.no_grad():
             for ours, learned in zip(served.parameters(), self.module.parameters(), strict=True):
                 ours.copy_(learned)
@@ -161,8 +172,8 @@ def frozen(model: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def recomputed_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Let a model's layers be run again in the backward pass; returns them.
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Let a model's layers be run again in the backward pass.
 
     Raises:
         BadRecipe: this architecture cannot.
@@ -171,7 +182,6 @@ def recomputed_layers(model: PreTrainedModel) -> list[nn.Module]:
         raise BadRecipe(f"{type(model).__name__} has no gradient checkpointing; leave it out")
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def logits_at(model: PreTrainedModel, batch: TrainBatch, here: Tensor) -> Tensor:

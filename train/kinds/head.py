@@ -52,8 +52,8 @@ class HeadTraining:
         return self.target.logits_of(hidden.to(weight.dtype))
 
     def drafter(self) -> Drafter:
-        """Drafts with the weights as they are now, in the target's dtype."""
-        head = copy.deepcopy(self.module).to(self.target.dtype).eval()
+        """Drafts with the weights as they are now, in the target's dtype and place."""
+        head = copy.deepcopy(self.module).to(self.target.device, self.target.dtype).eval()
         return HEAD_DRAFTERS[self.kind](self.target, head, **self.options)
 
     def checkpoint(self) -> HeadCheckpoint:
