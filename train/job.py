@@ -37,7 +37,7 @@ from specdec.train.prepared import PreparedData, check_tokenizer
 from specdec.train.recipe import Recipe
 from specdec.train.run import make_training, train_head
 from specdec.train.run_log import RunLog
-from specdec.train.tracking import begin_tracking, track
+from specdec.train.tracking import begin_tracking, end_tracking, track
 from specdec.train.validation_prompts import fitting, read_prompts
 from specdec.vocabulary import vocab_size
 
@@ -216,7 +216,7 @@ class Reporter:
             return
         check_room(loop)
         record_start(self.job, loop)
-        begin_tracking(self.accelerator, loop.identity | {"recipe": self.job.recipe.resolved()})
+        begin_tracking(self.accelerator, loop.identity | {"recipe": self.job.recipe.resolved()}, self.job.out)
         if loop.step:
             self.note(f"going on after step {loop.step} of {loop.settings.steps}")
 
@@ -238,8 +238,7 @@ class Reporter:
         """Let OUT/drafter lead to the best drafter, and say which it is."""
         if not self.accelerator.is_main_process:
             return
-        if self.accelerator.log_with:
-            self.accelerator.end_training()
+        end_tracking(self.accelerator)
         self.hear(finished_event(loop))
 
 

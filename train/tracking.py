@@ -1,14 +1,21 @@
-"""Trackers: tensorboard, wandb and trackio through accelerate, each an optional package."""
+"""Trackers: tensorboard, wandb and trackio through accelerate, each an optional package.
+
+A run bears the name of its directory. What trackers print goes to stderr: trackio greets on stdout, which is for
+results.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from specdec.errors import BadRecipe
+from specdec.errors import BadRecipe, SpecdecError
 
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
 """What each tracker needs: one of these packages."""
@@ -31,18 +38,56 @@ def check_trackers(names: Iterable[str]) -> None:
             )
 
 
-def begin_tracking(accelerator: Accelerator, settings: dict[str, Any]) -> None:
-    """Open the accelerator's trackers, if it has any, with the run's settings."""
+def begin_tracking(accelerator: Accelerator, settings: dict[str, Any], folder: Path) -> None:
+    """Open the accelerator's trackers, if it has any, with the run's settings.
+
+    Args:
+        accelerator: of the main process.
+        settings: nested; `flat` names them.
+        folder: of the run; tensorboard's and wandb's files go there.
+
+    Raises:
+        SpecdecError: a tracker objects; says which and why.
+    """
     if accelerator.log_with:
-        accelerator.init_trackers(PROJECT, config=flat(settings))
+        name = folder.resolve().name
+        options = {"wandb": {"name": name, "dir": str(folder)}, "trackio": {"name": name}}
+        with _reporting(accelerator):
+            accelerator.init_trackers(PROJECT, config=flat(settings), init_kwargs=options)
 
 
 def track(accelerator: Accelerator, event: dict[str, Any]) -> None:
-    """Hand a step's or a validation's numbers to the trackers."""
+    """Hand a step's or a validation's numbers to the trackers.
+
+    Raises:
+        SpecdecError: a tracker objects.
+    """
     if accelerator.log_with:
         numbers = {name: value for name, value in flat(event).items() if isinstance(value, int | float)}
         step = int(numbers.pop("step"))
-        accelerator.log({f"{event['event']}/{name}": value for name, value in numbers.items()}, step=step)
+        with _reporting(accelerator):
+            accelerator.log({f"{event['event']}/{name}": value for name, value in numbers.items()}, step=step)
+
+
+def end_tracking(accelerator: Accelerator) -> None:
+    """Close the trackers; `end_training` of accelerate would end the process group as well, on this process alone."""
+    with _reporting(accelerator):
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+@contextmanager
+def _reporting(accelerator: Accelerator) -> Iterator[None]:
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except Exception as error:  # of three packages and their networks
+        names = ", ".join(str(getattr(tracker, "name", tracker)) for tracker in accelerator.log_with)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise SpecdecError(
+            f"reporting to {names} failed: {reason}. Checkpoints are whole: the same command goes on, also without "
+            "--report-to"
+        ) from error
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from specdec.train.schedule import Schedule
 from tests.train.toy import make_loop
 
 ROOT = Path(__file__).parents[2]
+FSDP = ("--fsdp",)
 
 
 def weights_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -179,11 +180,14 @@ def kill_after(process: subprocess.Popen[str], seconds: float) -> None:
     process.stdout.close()
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 3), pytest.param(2, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("processes", "kills", "more"),
+    [(1, 3, ()), pytest.param(2, 2, (), marks=pytest.mark.slow), pytest.param(2, 2, FSDP, marks=pytest.mark.slow)],
+)
 def test_killed_at_random_moments_and_resumed_the_bytes_are_those_of_an_unbroken_run(
-    tmp_path: Path, processes: int, kills: int
+    tmp_path: Path, processes: int, kills: int, more: tuple[str, ...]
 ) -> None:
-    options = ("--steps", "12", "--pause", "0.03", "--rows-at-once", "2")
+    options = ("--steps", "12", "--pause", "0.03", "--rows-at-once", "2", *more)
     unbroken = finish(start(tmp_path / "unbroken", *options, processes=processes))
     moments = random.Random(processes)
     for _ in range(kills):
@@ -196,9 +200,10 @@ def test_killed_at_random_moments_and_resumed_the_bytes_are_those_of_an_unbroken
 
 
 @pytest.mark.slow
-def test_two_processes_agree_with_one_to_rounding(tmp_path: Path) -> None:
-    options = ("--steps", "8", "--rows-at-once", "2")
-    one, two = finish(start(tmp_path / "one", *options)), finish(start(tmp_path / "two", *options, processes=2))
+@pytest.mark.parametrize("more", [(), FSDP])
+def test_two_processes_agree_with_one_to_rounding(tmp_path: Path, more: tuple[str, ...]) -> None:
+    options = ("--steps", "8", "--rows-at-once", "1")
+    one, two = finish(start(tmp_path / "one", *options)), finish(start(tmp_path / "two", *options, *more, processes=2))
     assert one.keys() == two.keys()
     assert all(one[step] == pytest.approx(two[step], rel=1e-5) for step in one)
     a, b = weights_of(tmp_path / "one", 8), weights_of(tmp_path / "two", 8)

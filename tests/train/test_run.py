@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ from specdec.train.processes import accelerator_for, check_processes, launch
 from specdec.train.recipe import parsed_settings, recipe_for
 from specdec.train.run import check_options, make_training
 from specdec.train.run_log import RunLog, read_log
-from specdec.train.tracking import begin_tracking, flat, track
+from specdec.train.tracking import begin_tracking, end_tracking, flat, track
 from specdec.train.validation_prompts import fitting, read_prompts
 from tests.tiny import VOCAB, shared_target, tokenizer
 
@@ -192,13 +193,77 @@ class Notebook(GeneralTracker):
         self.logged.append((step, values))
 
 
-def test_trackers_get_settings_and_numbers_under_flat_names():
+def test_trackers_get_settings_and_numbers_under_flat_names(tmp_path: Path):
     accelerator, notebook = accelerator_for(cpu=True), Notebook()
     accelerator.log_with = [notebook]  # type: ignore[list-item]
-    begin_tracking(accelerator, {"loop": {"steps": 3}, "head": {"options": {"budget": 5}}})
+    begin_tracking(accelerator, {"loop": {"steps": 3}, "head": {"options": {"budget": 5}}}, tmp_path)
     assert notebook.config == {"loop.steps": 3, "head.options.budget": 5}
     track(accelerator, {"event": "step", "step": 2, "loss": 1.5, "alpha": [0.5, 0.25], "time": "now"})
     assert notebook.logged == [(2, {"step/loss": 1.5, "step/alpha.1": 0.5, "step/alpha.2": 0.25})]
+
+
+class Talker(Notebook):
+    """A tracker that greets, as trackio does, and whose network is down."""
+
+    name = "talker"
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        print("* Project initialized")
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        raise RuntimeError("no\nroute")
+
+
+def test_a_tracker_speaks_on_stderr_and_fails_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    accelerator = accelerator_for(cpu=True)
+    accelerator.log_with = [Talker()]  # type: ignore[list-item]
+    begin_tracking(accelerator, {}, tmp_path)
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "* Project initialized\n")
+    with pytest.raises(SpecdecError, match=r"^reporting to talker failed: no route\. Checkpoints are whole"):
+        track(accelerator, {"event": "step", "step": 2, "loss": 1.5})
+
+
+def settings_and_numbers(name: str, folder: Path) -> None:
+    """A short run as a tracker of this name sees it."""
+    accelerator = accelerator_for(cpu=True, trackers=(name,), folder=folder)
+    begin_tracking(accelerator, {"loop": {"steps": 3}}, folder)
+    track(accelerator, {"event": "step", "step": 1, "loss": 1.5, "alpha": [0.5]})
+    track(accelerator, {"event": "validation", "step": 1, "tau": 2.5})
+    track(accelerator, {"event": "step", "step": 2, "loss": 1.25, "alpha": [0.75]})
+    end_tracking(accelerator)
+
+
+def test_tensorboard_keeps_what_it_was_told(tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings_and_numbers("tensorboard", tmp_path)
+    kept = EventAccumulator(str(tmp_path / "specdec")).Reload()
+    assert {tag: [(e.step, e.value) for e in kept.Scalars(tag)] for tag in kept.Tags()["scalars"]} == {
+        "step/loss": [(1, 1.5), (2, 1.25)], "step/alpha.1": [(1, 0.5), (2, 0.75)], "validation/tau": [(1, 2.5)],
+    }  # fmt: skip
+
+
+def test_wandb_offline_keeps_its_run_in_the_run_s_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "run").mkdir()
+    settings_and_numbers("wandb", tmp_path / "run")
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_trackio_keeps_what_it_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    trackio = pytest.importorskip("trackio")
+    settings_and_numbers("trackio", tmp_path / "night")
+    run = trackio.Api().runs("specdec")[0]
+    assert run.name == "night"
+    assert run.config["loop.steps"] == 3
+    logs = importlib.import_module("trackio.sqlite_storage").SQLiteStorage.get_logs("specdec", "night")
+    assert [(log["step"], log.get("step/loss"), log.get("validation/tau")) for log in logs if log["step"]] == [
+        (1, 1.5, None), (1, None, 2.5), (2, 1.25, None),
+    ]  # fmt: skip
 
 
 def test_flat_names_count_lists_from_one():
