@@ -327,6 +327,32 @@ def test_two_processes_agree_with_one_stop_together_and_go_on(folder: Path, tmp_
 
 
 @pytest.mark.slow
+def test_a_draft_model_in_shards_learns_what_it_learns_whole_and_goes_on(folder: Path, tmp_path: Path):
+    save(perturbed(make_target(num_hidden_layers=3, tie_word_embeddings=True, seed=4), 0.05), tmp_path / "draft")
+    arguments = ("--from", tmp_path / "draft", "--rows-at-once", 1, "--steps", 40, "--evaluate-every", 20)
+    finished(train(folder, tmp_path / "one", *arguments, kind="draft-model"))
+    command = ("train", "draft-model", folder / "target", folder / "whole/data", "--out", tmp_path / "shards", *SMALL,
+               *arguments, "--processes", 2, "--fsdp", "--threads", 1, "--json")  # fmt: skip
+    process = start(*command)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if json.loads(line).get("step") == 5:
+            kill_one_of(process)
+            break
+    process.communicate(timeout=240)
+    assert process.returncode == 1
+    _, errors = start(*command).communicate(timeout=240)
+    first, again = json.loads((tmp_path / "shards" / "run.json").read_text())["starts"]
+    assert (first["after_step"], again["after_step"] >= 4) == (0, True), errors
+    assert losses(tmp_path / "shards") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    whole, shards = weights(tmp_path / "one", 40), weights(tmp_path / "shards", 40)
+    assert whole.keys() == shards.keys()
+    assert max(float((whole[name] - shards[name]).abs().max()) for name in whole) < 1e-4
+    assert isinstance(load_drafter(str(tmp_path / "shards"), make_target()), DraftModelDrafter)
+    failed(train(folder, tmp_path / "shards", *arguments, kind="draft-model"), 1, "fsdp False (checkpoint: True)")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "more", "words"), [
     ("target", ("--gradient-checkpointing",), "no decoder layer"),
     ("target", ("--prompts", "nowhere.txt"), "no prompts at nowhere.txt"),
@@ -358,6 +384,11 @@ def kill_a_worker(process: subprocess.Popen[str]) -> None:
     """SIGKILL to the first process of the run, once it has said anything."""
     assert process.stderr is not None
     process.stderr.readline()
+    kill_one_of(process)
+
+
+def kill_one_of(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to one process of the run."""
     found = subprocess.run(["pgrep", "-f", "train_process"], capture_output=True, text=True, check=True).stdout.split()
     workers = [pid for pid in map(int, found) if descends(pid, process.pid)]
     os.kill(max(workers), signal.SIGKILL)
@@ -387,6 +418,8 @@ def descends(pid: int, ancestor: int) -> bool:
         (("--batch-rows", 7, "--processes", 2), "cannot be shared by 2 processes"),
         (("--report-to", "paper"), "no tracker 'paper'"),
         (("--report-to", "wandb"), "needs the package wandb: pip install wandb"),
+        (("--push-to-hub", "drafter"), "OWNER/NAME, got 'drafter'"),
+        (("--fsdp",), "fsdp shares weights among processes, got 1; choose --processes 2 or more"),
     ],
 )
 def test_a_wrong_command_line_is_wrong_usage(
@@ -539,7 +572,8 @@ def test_too_little_room_is_said_before_the_first_step(folder: Path, tmp_path: P
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
-def test_a_push_that_fails_keeps_the_drafter(folder: Path, tmp_path: Path):
+def test_a_push_that_fails_keeps_the_drafter(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_TOKEN", "nobody's")
     result = train(folder, tmp_path / "run", "--push-to-hub", "nobody/nothing")
     assert result.exit_code == 1
     line = result.stderr.splitlines()[-1]

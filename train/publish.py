@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from specdec.errors import SpecdecError
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from specdec.errors import BadRecipe, SpecdecError
+
+
+def check_push(name: str) -> None:
+    """Refuse before the training what could not be pushed after it.
+
+    Raises:
+        BadRecipe: no OWNER/NAME, or nobody is logged in.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise BadRecipe(f"{name!r} is no name on the hub: {' '.join(str(error).split())}") from error
+    if "/" not in name:
+        raise BadRecipe(f"a repository of the hub is called OWNER/NAME, got {name!r}")
+    if get_token() is None:
+        raise BadRecipe("pushing to the hub needs a token: `hf auth login`, or set HF_TOKEN")
 
 
 def push_to_hub(drafter: Path, name: str, *, private: bool = True) -> str:
@@ -21,8 +41,6 @@ def push_to_hub(drafter: Path, name: str, *, private: bool = True) -> str:
     Raises:
         SpecdecError: anything that the hub or the network objects to.
     """
-    from huggingface_hub import HfApi
-
     try:
         api = HfApi()
         repository = api.create_repo(name, private=private, exist_ok=True)

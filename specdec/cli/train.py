@@ -28,7 +28,7 @@ from specdec.train.plan import Plan, plan_run
 from specdec.train.prepare import open_prepared
 from specdec.train.prepared import check_tokenizer
 from specdec.train.processes import check_processes, launch
-from specdec.train.publish import push_to_hub
+from specdec.train.publish import check_push, push_to_hub
 from specdec.train.recipe import DEFAULTS, Recipe, merged, parsed_settings, recipe_for
 from specdec.train.tracking import check_trackers
 
@@ -137,6 +137,8 @@ def train(
     given = {name: value for name, value in locals().items() if name in FLAGS and value is not None}
     chosen = _usage(lambda: _recipe(kind, recipe, assignments or [], given))
     _usage(lambda: check_trackers(report_to or []))
+    if hub:
+        _usage(lambda: check_push(hub))
     check_processes(processes, _device_type(device), torch.cuda.device_count())
     sharing = _sharing(processes)
     _usage(lambda: chosen.fitted(sharing))
