@@ -170,7 +170,7 @@ class Loop:
 
         Raises:
             BadCheckpoint: the folder holds another run's checkpoints.
-            BadRecipe: the loss is no number any more; the last checkpoint is whole.
+            BadRecipe: the loss is no number any more, the last checkpoint is whole; or a kind that cannot be divided.
             OSError: a checkpoint cannot be written; earlier ones are whole.
         """
         self.restore(resume=resume)
@@ -252,6 +252,8 @@ class Loop:
     def _update(self, learning_rate: float) -> float:
         """One optimizer step; returns the gradient's norm before clipping."""
         parameters = [p for p in self._learning.module.parameters() if p.requires_grad]
+        if self._shards is not None and all(p.grad is None for p in parameters):
+            raise BadRecipe(f"{self.trainable.kind} learns with weights beside its own module; leave --fsdp out")
         norm = self.accelerator.clip_grad_norm_(parameters, self.settings.clip or math.inf)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -18,6 +20,7 @@ from specdec.train.on_policy import MixedSource, TextShares, Writing
 from specdec.train.order import Order
 from specdec.train.shards import Shards, load_moments, whole_state
 from tests.tiny import make_target
+from tests.train.toy import make_loop
 
 
 @pytest.fixture
@@ -99,6 +102,44 @@ def test_weights_without_their_moments_would_be_noticed() -> None:
     assert learn(Outermost(plain), plain, 2, moments)[0] != pytest.approx(
         learn(Outermost(forgetful), forgetful, 2)[0], rel=1e-6
     )
+
+
+@pytest.fixture
+def alone(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of one process may be divided: everything takes the way through shards."""
+    monkeypatch.setattr(LoopSettings, "check", lambda _self, _processes: None)
+
+
+def losses(folder: Path, stop: int = 0, **settings: Any) -> list[float]:
+    """Of a run's steps, broken off after one of them or not."""
+    reports: list[Any] = []
+    loop = make_loop(folder, reports=reports, steps=6, **settings)
+    loop.report = lambda report: (reports.append(report), setattr(loop, "_stopping", report.step == stop))[0]
+    loop.run()
+    return [report.loss for report in reports]
+
+
+def test_a_loop_in_shards_learns_saves_and_goes_on_as_a_whole_one(alone: None, tmp_path: Path) -> None:
+    plain = losses(tmp_path / "plain", rows_at_once=2)
+    assert losses(tmp_path / "shards", rows_at_once=2, fsdp=True) == pytest.approx(plain, rel=1e-6)
+    broken = losses(tmp_path / "broken", stop=4, rows_at_once=2, fsdp=True)
+    assert len(broken) == 4
+    broken += losses(tmp_path / "broken", rows_at_once=2, fsdp=True)
+    assert broken == losses(tmp_path / "again", rows_at_once=2, fsdp=True)
+    for name in ("training.safetensors", "optimizer.pt"):
+        whole, again, gone_on = (tmp_path / run / "latest" / name for run in ("plain", "again", "broken"))
+        assert again.read_bytes() == gone_on.read_bytes()
+        assert again.stat().st_size == whole.stat().st_size
+    ours, theirs = (load_file(tmp_path / run / "latest" / "training.safetensors") for run in ("shards", "plain"))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+
+
+def test_what_learns_beside_its_module_is_refused_and_not_left_untrained(alone: None, tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, fsdp=True)
+    learning: Any = loop._learning
+    learning.module = copy.deepcopy(loop.trainable.module)
+    with pytest.raises(BadRecipe, match="linears learns with weights beside its own module; leave --fsdp out"):
+        loop.run()
 
 
 def test_one_process_has_nobody_to_share_with() -> None:
