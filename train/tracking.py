@@ -6,6 +6,7 @@ results.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
@@ -73,7 +74,10 @@ def end_tracking(accelerator: Accelerator) -> None:
     """Close the trackers; `end_training` of accelerate would end the process group as well, on this process alone."""
     with _reporting(accelerator):
         for tracker in accelerator.trackers:
-            tracker.finish()
+            if tracker.name == "trackio":  # it would end the run again, and say so on stdout, as Python exits
+                importlib.import_module("trackio").finish()
+            else:
+                tracker.finish()
 
 
 @contextmanager

@@ -257,6 +257,7 @@ def test_trackio_keeps_what_it_was_told(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
     trackio = pytest.importorskip("trackio")
     settings_and_numbers("trackio", tmp_path / "night")
+    assert importlib.import_module("trackio.context_vars").current_run.get() is None  # nothing is left for exit
     run = trackio.Api().runs("specdec")[0]
     assert run.name == "night"
     assert run.config["loop.steps"] == 3

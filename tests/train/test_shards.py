@@ -137,7 +137,7 @@ def test_a_loop_in_shards_learns_saves_and_goes_on_as_a_whole_one(alone: None, t
 def test_what_learns_beside_its_module_is_refused_and_not_left_untrained(alone: None, tmp_path: Path) -> None:
     loop = make_loop(tmp_path, fsdp=True)
     learning: Any = loop._learning
-    learning.module = copy.deepcopy(loop.trainable.module)
+    learning.terms = loop.trainable.terms  # with the whole module
     with pytest.raises(BadRecipe, match="linears learns with weights beside its own module; leave --fsdp out"):
         loop.run()
 
