@@ -141,6 +141,8 @@ def unwritten(checkpoints: Checkpoints, step: int, error: Exception) -> str:
     latest = checkpoints.latest()
     kept = f"{latest.name} is whole" if latest else "nothing was saved before"
     reason = " ".join(str(error).split())[:160]
+    if isinstance(error, RuntimeError):  # torch.save names a line of its source and two positions in the file
+        reason = "writing was cut short"
     free = shutil.disk_usage(checkpoints.folder).free if checkpoints.folder.is_dir() else 0
     return (
         f"the checkpoint of step {step} cannot be written to {checkpoints.folder} ({reason}; {free / 1e6:.0f} MB free)"

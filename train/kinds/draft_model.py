@@ -79,7 +79,7 @@ class DraftModelTraining:
         self.dropout = dropout
         self._recompute = recompute
         if recompute:
-            recompute_layers(self.module)
+            recomputed_layers(self.module)
         self.options = dict(options or {})
         self._served: PreTrainedModel | None = None
         frozen(target.model)
@@ -104,8 +104,7 @@ class DraftModelTraining:
     @property
     def recomputed(self) -> list[nn.Module]:
         """Layers that are run again in the backward pass."""
-        layers = (part for part in self.module.modules() if isinstance(part, GradientCheckpointingLayer))
-        return list(layers) if self._recompute else []
+        return _checkpointing(self.module) if self._recompute else []
 
     def _filtered(self, term: Term, batch: TrainBatch, objective: Objective, law: Tensor) -> Term:
         """The term with the weight of each row on the positions that AdaSPEC keeps.
@@ -172,8 +171,8 @@ def frozen(model: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def recompute_layers(model: PreTrainedModel) -> None:
-    """Let a model's layers be run again in the backward pass.
+def recomputed_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Let a model's layers be run again in the backward pass; returns them.
 
     Raises:
         BadRecipe: this architecture cannot.
@@ -182,6 +181,11 @@ def recompute_layers(model: PreTrainedModel) -> None:
         raise BadRecipe(f"{type(model).__name__} has no gradient checkpointing; leave it out")
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    return _checkpointing(model)
+
+
+def _checkpointing(model: PreTrainedModel) -> list[nn.Module]:
+    return [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
 
 
 def logits_at(model: PreTrainedModel, batch: TrainBatch, here: Tensor) -> Tensor:
