@@ -18,7 +18,7 @@ from specdec.target import FLEX, Target, TargetOutput
 from specdec.tree import TokenTree
 
 ORDERED_FROM = 2 * BLOCK
-"""Trees of up to so many nodes have no empty block that another order would not have (docs/architecture.md)."""
+"""Trees of up to so many nodes have no empty block that another order would not have (docs/decisions.md)."""
 
 
 class Verifier:
