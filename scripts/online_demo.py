@@ -32,7 +32,8 @@ from specdec.drafter import Drafter
 from specdec.environment import hardware, versions
 from specdec.train.learner import LearningRate
 from specdec.train.online import LearningDrafter, OnlineSettings
-from specdec.train.stream import Request, read_stream, replay_stream
+from specdec.train.stream import Request, replay_stream
+from specdec.train.stream_prompts import read_stream
 
 PARTS = ("source", "docstrings", "SQL", "source")
 NAMES = ("static", "learning")
@@ -220,7 +221,7 @@ def main() -> None:
         log.unlink(missing_ok=True)
         drafter = drafter_named(name, model, args)
         runs[name] = replay_stream(
-            model, drafter, read_stream(args.out / "prompts.jsonl", tokenizer), log=log, max_new_tokens=args.tokens,
+            model, drafter, read_stream([args.out / "prompts.jsonl"], tokenizer), log=log, max_new_tokens=args.tokens,
             temperature=args.temperature, stop_at_end=False, report=spoken(name, console),
         )  # fmt: skip
         for row in thirds(runs[name]):

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -68,6 +69,13 @@ class JsonLines:
                 if not isinstance(row, dict):
                     raise SpecdecError(f"{self.path}:{number}: expected a JSON object; restore the file or start anew")
                 yield row
+
+    def keep(self, count: int) -> None:
+        """Forget all but the first so many objects."""
+        with self.path.open("rb") as file:
+            size = sum(len(line) for line in islice(file, count))
+        self._file.truncate(size)
+        self._sync()
 
     def append(self, rows: Sequence[Any]) -> None:
         """Write objects together; they are on the disk when this returns."""

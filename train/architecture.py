@@ -18,7 +18,6 @@ from dataclasses import asdict, astuple, dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specdec.context import Context
@@ -95,6 +94,25 @@ def candidates(
     return tuple(sorted(found))
 
 
+def sized(config: Any, num_layers: int = 0, hidden_size: int = 0) -> tuple[Architecture, ...]:
+    """The grid where a depth or a width is chosen beforehand; 0 is not.
+
+    Raises:
+        BadRecipe: the target's family has no architecture of these sizes.
+    """
+    depths = (num_layers,) if num_layers else DEPTHS
+    widths = (hidden_size / config.hidden_size,) if hidden_size else WIDTHS
+    grid = candidates(config, depths, widths)
+    if hidden_size:
+        grid = tuple(made for made in grid if made.hidden_size == hidden_size)
+    if not grid:
+        raise BadRecipe(
+            f"a draft of this target has 1 to {config.num_hidden_layers} layers and a width below {config.hidden_size} "
+            f"that is a multiple of 8, got {num_layers or 'any'} and {hidden_size or 'any'}"
+        )
+    return grid
+
+
 def num_parameters(architecture: Architecture, config: Any) -> int:
     """Parameters of all layers, without embeddings."""
     _, hidden, heads, key_heads, inner = astuple(architecture)
@@ -154,12 +172,8 @@ def fresh_draft(model: PreTrainedModel, architecture: Architecture, seed: int = 
     Embeddings begin as the target's principal directions at the usual scale, so that tokens which the target treats
     alike begin alike; what writes back into the states is scaled by (2 L) ** -1/2, as in GPT-2.
     """
-    config = draft_config(model, architecture)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        draft = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=model.config._attn_implementation
-        )
+    draft: Any = _random_draft(model, architecture, seed)
+    config = draft.config
     with torch.no_grad():
         draft.get_input_embeddings().weight.copy_(
             principal_directions(cast(Any, model.get_input_embeddings()).weight, config.hidden_size)
@@ -170,6 +184,15 @@ def fresh_draft(model: PreTrainedModel, architecture: Architecture, seed: int = 
                 linear.weight.mul_((2 * architecture.num_layers) ** -0.5)
     draft.generation_config = copy.deepcopy(model.generation_config)
     return draft.eval().to(model.device)
+
+
+def _random_draft(model: PreTrainedModel, architecture: Architecture, seed: int = 0) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(
+            draft_config(model, architecture), dtype=torch.float32,
+            attn_implementation=model.config._attn_implementation,
+        )  # fmt: skip
 
 
 def principal_directions(embedding: torch.Tensor, size: int) -> torch.Tensor:
@@ -214,8 +237,10 @@ def measure(model: PreTrainedModel, grid: Sequence[Architecture]) -> Costs:
     """
     steps = [_Step(target_of(model))]
     for architecture in grid:
-        draft = cast(nn.Module, fresh_draft(model, architecture)).to(model.dtype)
-        steps.append(_Step(Target(cast(PreTrainedModel, draft))))
+        draft: Any = _random_draft(
+            model, architecture
+        )  # what it says does not matter, and embeddings take long to make
+        steps.append(_Step(Target(draft.eval().to(model.device, model.dtype))))
     seconds: list[list[float]] = [[] for _ in steps]
     for number in range(WARM_UP + ROUNDS):
         for step, times in zip(steps, seconds, strict=True):

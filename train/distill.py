@@ -44,8 +44,11 @@ from specdec.train.prune import Sizes
 from specdec.train.recipe import DEFAULTS, Recipe, laid_over
 from specdec.train.run import evaluator, row_source
 
-TARGET = "target"
-"""`draft` that means the target itself, which is then cut."""
+TARGET, SCRATCH = "target", "scratch"
+"""`draft` that means the target itself, which is then cut; and one that begins with fresh weights, see `fast_draft`."""
+
+REFERENCE = "reference"
+"""Directory of a run in which AdaSPEC's reference draft is distilled."""
 
 CALIBRATION_ROWS = 16
 
@@ -56,11 +59,36 @@ Report = Callable[[StepReport | Score], None]
 
 
 @dataclass(frozen=True)
+class Scratch:
+    """How a fresh model's sizes are chosen.
+
+    Attributes:
+        share: of a step of the target that one of the draft may cost.
+        num_layers, hidden_size: chosen beforehand; 0 leaves them to what is measured.
+
+    Raises:
+        BadRecipe: a number out of range.
+    """
+
+    share: float = 0.15
+    num_layers: int = 0
+    hidden_size: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1 or min(self.num_layers, self.hidden_size) < 0:
+            raise BadRecipe(
+                "the budget of a draft step is a share of a target step between 0 and 1, and sizes are 1 or more, or 0 "
+                f"to measure, got {self.share:g}, {self.num_layers} and {self.hidden_size}"
+            )
+
+
+@dataclass(frozen=True)
 class DraftSettings:
     """What the `[head]` section of a draft model's recipe says.
 
     Attributes:
-        draft: directory of the model to begin with, or "target" for a model that is cut from the target.
+        draft: directory of the model to begin with, "target" for a model that is cut from the target, or "scratch" for
+            a fresh one.
         learns: "law" or "tokens", see `DraftModelTraining`.
         keep_share: below 1, AdaSPEC's token filter.
         reference: directory of the filter's reference draft; without one it is distilled first, from the same start.
@@ -68,6 +96,8 @@ class DraftSettings:
         text: who writes the text, see `TextShares`.
         writing: how, see `Writing`.
         cut: sizes that the model is cut to before it learns, see `Sizes`.
+        scratch: how a fresh model's sizes are chosen, see `Scratch`.
+        stages: by name of a fresh model's stage, sections of a recipe that hold in that one alone.
         options: of the drafter that validation decodes with.
     """
 
@@ -79,6 +109,8 @@ class DraftSettings:
     text: dict[str, Any] = field(default_factory=dict)
     writing: dict[str, Any] = field(default_factory=dict)
     cut: dict[str, Any] = field(default_factory=dict)
+    scratch: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -91,6 +123,16 @@ class DraftSettings:
         """What the model is cut to."""
         return cast(Sizes, laid_over(Sizes(), self.cut, "head.cut"))
 
+    @property
+    def distils_reference(self) -> bool:
+        """Whether the token filter's reference is distilled first."""
+        return self.keep_share < 1 and not self.reference
+
+    @property
+    def fresh(self) -> Scratch:
+        """How a fresh model's sizes are chosen."""
+        return cast(Scratch, laid_over(Scratch(), self.scratch, "head.scratch"))
+
     @staticmethod
     def of(recipe: Recipe) -> DraftSettings:
         """The settings of a recipe, checked.
@@ -99,13 +141,17 @@ class DraftSettings:
             BadRecipe: names the setting.
         """
         settings = laid_over(DraftSettings(), recipe.head, "head")
-        _ = settings.shares, settings.sizes, laid_over(Writing(), settings.writing, "head.writing")
+        _ = settings.shares, settings.sizes, settings.fresh, laid_over(Writing(), settings.writing, "head.writing")
         if not 0 < settings.keep_share <= 1:
             raise BadRecipe(f"[head] keep_share is above 0 and at most 1, got {settings.keep_share}")
         if settings.learns != "law" and (settings.keep_share < 1 or settings.reference):
             raise BadRecipe('[head] the token filter compares laws; leave it out, or say learns = "law"')
         if settings.reference and settings.keep_share == 1:
             raise BadRecipe("[head] reference belongs to the token filter; say keep_share = 0.4, or leave it out")
+        if settings.draft != SCRATCH and (settings.scratch or settings.stages):
+            raise BadRecipe('[head] scratch and stages are of a fresh model; say draft = "scratch", or leave them out')
+        if settings.draft == SCRATCH and settings.cut:
+            raise BadRecipe("[head] a fresh model is not cut; leave out cut, or name a model to cut")
         return settings
 
 
@@ -123,6 +169,7 @@ def train_draft_model(
     report: Report = lambda _report: None,
     report_reference: Report = lambda _report: None,
     restored: Callable[[Loop], None] = lambda _loop: None,
+    restored_reference: Callable[[Loop], None] = lambda _loop: None,
     resume: bool = True,
     accelerator: Accelerator | None = None,
 ) -> Loop:
@@ -143,6 +190,7 @@ def train_draft_model(
         report: hears of every step and validation.
         report_reference: the same of the reference that is distilled first.
         restored: called once everything fits and the newest checkpoint is taken up, before the first step.
+        restored_reference: the same of the reference.
         resume: go on from the newest checkpoint in `out`.
         accelerator: of the process, when there are several.
 
@@ -164,14 +212,14 @@ def train_draft_model(
     reference: PreTrainedModel | None = None
     if settings.reference:
         reference = load_model(Path(settings.reference).expanduser(), model, torch.float32)
-    elif settings.keep_share < 1:
+    elif settings.distils_reference:
         reference = copy.deepcopy(begun)
         plain = replace(recipe, head={**recipe.head, "keep_share": 1.0, "reference": ""})
         loop = train_draft_model(
-            plain, model, documents, out / "reference", draft=reference, recompute=recompute, report=report_reference,
-            **common,
+            plain, model, documents, out / REFERENCE, draft=reference, recompute=recompute, report=report_reference,
+            restored=restored_reference, **common,
         )  # fmt: skip
-        if loop.step < loop.settings.steps:
+        if loop.step < loop.settings.steps or loop.stopped:
             return loop
     training = DraftModelTraining(
         target, begun, learns=cast(Any, settings.learns), reference=reference, keep_share=settings.keep_share,
@@ -258,7 +306,12 @@ def starting_draft(
         UnknownDrafter: the directory holds no model.
     """
     if not settings.draft:
-        raise BadRecipe('a draft model begins with a model: say [head] draft = "path", or draft = "target" and a cut')
+        raise BadRecipe(
+            "a draft model begins with a model: say --from DIR, --cut-from target or --from-scratch (in a recipe, head "
+            'draft = "path", "target" with a cut, or "scratch")'
+        )
+    if settings.draft == SCRATCH:
+        raise BadRecipe("a fresh draft model is trained in stages: use `specdec train`, or fast_draft")
     if not settings.cut:
         if settings.draft == TARGET:
             raise BadRecipe(

@@ -21,12 +21,9 @@ from specdec.errors import BadCheckpoint, BadRecipe
 from specdec.train.architecture import Architecture, Costs, candidates, choose, fresh_draft, measured_costs
 from specdec.train.batch import Documents
 from specdec.train.checkpoint import Checkpoints, write_whole
-from specdec.train.distill import Report, train_draft_model
+from specdec.train.distill import Report, Scratch, train_draft_model
 from specdec.train.loop import Loop
 from specdec.train.recipe import Recipe
-
-SHARE = 0.15
-"""Of a target step that a draft step may cost by default."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +48,14 @@ def fast_draft(
     stages: Sequence[Stage],
     out: Path,
     *,
-    share: float = SHARE,
+    share: float = Scratch().share,
     architecture: Architecture | None = None,
+    grid: Sequence[Architecture] | None = None,
     costs: Costs | None = None,
+    recompute: bool = False,
     prompts: list[list[int]] | None = None,
     report: Callable[[str], Report] = lambda _stage: lambda _report: None,
+    restored: Callable[[str], Callable[[Loop], None]] = lambda _stage: lambda _loop: None,
     resume: bool = True,
     accelerator: Accelerator | None = None,
 ) -> Loop:
@@ -69,9 +69,12 @@ def fast_draft(
         out: directory of the run; `architecture.json` in it holds the choice and what it rests on.
         share: budget of a draft step as a share of a target step.
         architecture: in place of a choice.
+        grid: to choose from; None for `candidates`.
         costs: in place of measuring here.
+        recompute: layers are run again in the backward pass instead of being remembered.
         prompts: held-out prompts to decode for validation.
         report: given a stage's name, hears of its steps and validations.
+        restored: given a stage's name, called before its first step, see `train_draft_model`.
         resume: go on where an interrupted run stopped.
         accelerator: of the process, when there are several.
 
@@ -82,7 +85,7 @@ def fast_draft(
         SpecdecError: stages, data or checkpoints that do not fit; says which.
     """
     _check_stages(stages)
-    made = architecture_of(model, out, share, architecture, costs, accelerator)
+    made = architecture_of(model, out, share, architecture, costs, accelerator, grid=grid)
     draft = fresh_draft(model, made, stages[0].recipe.loop.seed)
     loop: Loop | None = None
     for stage in stages:
@@ -91,9 +94,9 @@ def fast_draft(
         loop = train_draft_model(
             replace(stage.recipe, head={**stage.recipe.head, "draft": ""}), model, stage.documents, out / stage.name,
             draft=draft, prompts=prompts, data_identity=stage.data_identity or None, report=report(stage.name),
-            resume=resume, accelerator=accelerator,
+            restored=restored(stage.name), recompute=recompute, resume=resume, accelerator=accelerator,
         )  # fmt: skip
-        if loop.step < loop.settings.steps:
+        if loop.step < loop.settings.steps or loop.stopped:
             break
     assert loop is not None
     return loop
@@ -106,6 +109,8 @@ def architecture_of(
     architecture: Architecture | None = None,
     costs: Costs | None = None,
     accelerator: Accelerator | None = None,
+    *,
+    grid: Sequence[Architecture] | None = None,
 ) -> Architecture:
     """The architecture of a run: as it was chosen once, else chosen now and written down.
 
@@ -114,11 +119,11 @@ def architecture_of(
     """
     file = out / "architecture.json"
     if (accelerator is None or accelerator.is_main_process) and not file.exists():
-        grid = candidates(model.config.get_text_config(decoder=True))
+        config = model.config.get_text_config(decoder=True)
         measured = costs
         if architecture is None:
-            measured = costs or measured_costs(model, grid)
-            architecture = choose(measured, model.config.get_text_config(decoder=True), share)
+            measured = costs or measured_costs(model, grid or candidates(config))
+            architecture = choose(measured, config, share)
         _write_choice(file, architecture, share, measured)
     if accelerator is not None:
         accelerator.wait_for_everyone()
@@ -127,10 +132,11 @@ def architecture_of(
         made, budget = Architecture(**kept["architecture"]), kept["share"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadCheckpoint(f"{file} cannot be read: {error}; remove it to choose anew") from error
-    if budget != share or architecture not in (None, made):
+    if budget != share or architecture not in (None, made) or (grid is not None and made not in grid):
         raise BadCheckpoint(
             f"{file} holds {made.name}, chosen for a budget of {budget:g}; this run asks for "
-            f"{share:g}{'' if architecture is None else f' and {architecture.name}'}. Use another --out"
+            f"{share:g}{'' if architecture is None else f' and {architecture.name}'}"
+            f"{'' if grid is None or made in grid else ' and other sizes'}. Use another --out"
         )
     return made
 

@@ -12,41 +12,41 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import accelerate
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specdec.environment import git_commit, hardware, now, versions
+from specdec.environment import now
 from specdec.errors import BadData, BadRecipe
 from specdec.probe import target_of
 from specdec.train.batch import Documents
-from specdec.train.checkpoint import read_state, write_whole
-from specdec.train.distill import DraftSettings, starting_draft, train_draft_model
+from specdec.train.checkpoint import read_state
+from specdec.train.distill import REFERENCE, DraftSettings, starting_draft, train_draft_model
 from specdec.train.feature_cache import CachedData
 from specdec.train.kinds.draft_model import DraftModelTraining
 from specdec.train.loop import Loop, Score, StepReport
 from specdec.train.plan import checkpoint_bytes
 from specdec.train.prepare import held_out_prompts, open_prepared
 from specdec.train.prepared import PreparedData, check_tokenizer
-from specdec.train.recipe import Recipe
+from specdec.train.recipe import DRAFT_MODEL, Recipe
 from specdec.train.run import make_training, train_head
 from specdec.train.run_log import RunLog
+from specdec.train.run_starts import RUN, add_start, circumstances
 from specdec.train.tracking import begin_tracking, end_tracking, track
 from specdec.train.validation_prompts import fitting, read_prompts
 from specdec.vocabulary import vocab_size
 
-DRAFT_MODEL = "draft-model"
-
-STEP, VALIDATION, FINISHED, NOTE = "step", "validation", "finished", "note"
+STEP, VALIDATION, FINISHED, NOTE, STAGE = "step", "validation", "finished", "note", "stage"
 """Events that a run reports, as JSON objects: {"event": "step", "step": 1, "loss": ...}."""
 
 Hear = Callable[[dict[str, Any]], None]
+
+REFERENCE_FIRST = (REFERENCE, "draft")
+"""What a run is in turn when AdaSPEC's reference is distilled first."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Job:
         fresh: refuse a directory with checkpoints.
         recompute: gradient checkpointing.
         report_to: trackers.
+        stages: prepared data of a fresh draft model's stages before the last, by name.
         dtype, device, threads: of the target.
         command: arguments of the command line, for the record.
     """
@@ -78,6 +79,7 @@ class Job:
     fresh: bool = False
     recompute: bool = False
     report_to: tuple[str, ...] = ()
+    stages: dict[str, Path] = field(default_factory=dict)
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -87,6 +89,7 @@ class Job:
         """For other processes; `of_json` reads it."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        values["stages"] = {name: str(path) for name, path in self.stages.items()}
         return json.dumps({**values, "recipe": self.recipe.resolved(), "given": sorted(self.recipe.given)})
 
     @staticmethod
@@ -97,6 +100,7 @@ class Job:
         for name in ("data", "out", "features", "prompts", "begin_from"):
             values[name] = None if values[name] is None else Path(values[name])
         values["report_to"], values["command"] = tuple(values["report_to"]), tuple(values["command"])
+        values["stages"] = {name: Path(path) for name, path in values["stages"].items()}
         return Job(recipe=recipe.as_given(given), **values)
 
 
@@ -121,7 +125,11 @@ def run_job(
         raise BadRecipe("who writes a draft model's text is said by head.text; leave data.written_from out")
     data = open_prepared(job.data)
     check_tokenizer(data.manifest, model)
-    reporter = Reporter(job, accelerator, hear)
+    reporter, reference, more = Reporter(job, accelerator, hear), None, {}
+    if recipe.kind == DRAFT_MODEL and DraftSettings.of(recipe).distils_reference:
+        reporter = StageReporter(job, "draft", REFERENCE_FIRST, accelerator, hear)
+        reference = StageReporter(replace(job, out=job.out / REFERENCE), REFERENCE, REFERENCE_FIRST, accelerator, hear)
+        more = {"report_reference": reference, "restored_reference": reference.begin}
     loop = trainer_of(recipe.kind)(
         recipe,
         model,
@@ -135,8 +143,10 @@ def run_job(
         restored=reporter.begin,
         resume=not job.fresh,
         accelerator=accelerator,
+        **more,
     )
-    reporter.finish(loop)
+    in_reference = reference is not None and loop.checkpoints.folder == reference.job.out
+    (reference if in_reference and reference is not None else reporter).finish(loop, stopped=in_reference)
 
 
 def trainer_of(kind: str) -> Callable[..., Loop]:
@@ -234,12 +244,39 @@ class Reporter:
         track(self.accelerator, event)
         self.hear(event)
 
-    def finish(self, loop: Loop) -> None:
-        """Let OUT/drafter lead to the best drafter, and say which it is."""
+    def finish(self, loop: Loop, *, stopped: bool = False) -> None:
+        """Let OUT/drafter lead to the best drafter, and say which it is; `stopped` where more was to follow."""
         if not self.accelerator.is_main_process:
             return
         end_tracking(self.accelerator)
-        self.hear(finished_event(loop))
+        event = finished_event(loop)
+        self.hear({**event, "stopped": event["stopped"] or stopped})
+
+
+class StageReporter(Reporter):
+    """Reports one of several runs of a command as a run of its own, and says whose events they are.
+
+    Args:
+        job: of this one.
+        name: of this one.
+        names: of all, in order.
+        accelerator, hear: see Reporter.
+    """
+
+    def __init__(self, job: Job, name: str, names: Sequence[str], accelerator: Accelerator, hear: Hear) -> None:
+        super().__init__(job, accelerator, lambda event: hear({**event, "stage": name}))
+        self.name, self.names = name, names
+
+    def begin(self, loop: Loop) -> None:
+        """As of a run; one that is over is passed over silently."""
+        self.step = loop.step
+        if loop.step == loop.settings.steps:
+            return
+        if self.accelerator.is_main_process:
+            place, steps = self.names.index(self.name) + 1, loop.settings.steps
+            text = f"stage {place} of {len(self.names)}, {self.name}: {steps} steps on {self.job.data}"
+            self.hear({"event": STAGE, "text": text, "steps": steps})
+        super().begin(loop)
 
 
 def event_of(report: StepReport | Score, step: int) -> dict[str, Any]:
@@ -275,23 +312,12 @@ def finished_event(loop: Loop) -> dict[str, Any]:
 
 def record_start(job: Job, loop: Loop) -> None:
     """Add this start to OUT/run.json."""
-    file = job.out / "run.json"
-    try:
-        starts = json.loads(file.read_text())["starts"]
-    except (OSError, ValueError, KeyError, TypeError):
-        starts = []
-    starts.append(
-        {
-            "started": now(),
-            "after_step": loop.step,
-            "command": list(job.command or sys.argv),
-            "versions": {**versions(), "accelerate": accelerate.__version__},
-            "git_commit": git_commit(),
-            "hardware": hardware(loop.accelerator.device),
-            "processes": loop.accelerator.num_processes,
-        }
-    )
-    write_whole(file, json.dumps({"target": job.target, "data": str(job.data), "starts": starts}, indent=2) + "\n")
+    add_start(
+        job.out / RUN,
+        {"target": job.target, "data": str(job.data)},
+        {"after_step": loop.step, **circumstances(job.command, loop.accelerator.device),
+         "processes": loop.accelerator.num_processes},
+    )  # fmt: skip
 
 
 def check_room(loop: Loop) -> None:

@@ -10,7 +10,7 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from specdec.drafters.directory import DrafterJson, fingerprint, write_drafter_json
+from specdec.drafters.directory import DrafterJson, fingerprint, read_drafter_json, write_drafter_json
 from specdec.packed import deoptimize
 from specdec.train.batch import TrainBatch
 from specdec.train.kinds.draft_model import in_common, logits_at
@@ -52,8 +52,10 @@ class LearningModel:
         state = {name: value.detach().to(self.live.dtype) if value.is_floating_point() else value
                  for name, value in self.module.state_dict().items()}  # fmt: skip
         cast(PreTrainedModel, self.module).save_pretrained(path, state_dict=state)
-        tokenizer = Path(self.live.name_or_path) / "tokenizer.json" if self.live.name_or_path else None
-        if tokenizer is not None and tokenizer.is_file():
-            shutil.copyfile(tokenizer, path / "tokenizer.json")  # says which vocabulary this is
+        came_from = Path(self.live.name_or_path) if self.live.name_or_path else None
+        if came_from is not None and (came_from / "tokenizer.json").is_file():
+            shutil.copyfile(came_from / "tokenizer.json", path / "tokenizer.json")  # says which vocabulary this is
         if self.target is not None:
-            write_drafter_json(path, DrafterJson(self.kind, target=fingerprint(self.target)))
+            described = came_from is not None and (came_from / "drafter.json").is_file()
+            options = read_drafter_json(came_from).options if described and came_from is not None else {}
+            write_drafter_json(path, DrafterJson(self.kind, options, fingerprint(self.target)))

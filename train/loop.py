@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import copy
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -35,6 +33,7 @@ from specdec.train.order import derived_seed
 from specdec.train.processes import accelerator_for
 from specdec.train.schedule import Schedule
 from specdec.train.shards import Shards, load_moments, whole_state
+from specdec.train.stop_signals import on_stop
 from specdec.train.trainable import Trainable
 
 Source = Callable[[list[int]], TrainBatch]
@@ -174,7 +173,7 @@ class Loop:
             OSError: a checkpoint cannot be written; earlier ones are whole.
         """
         self.restore(resume=resume)
-        with self._signals():
+        with on_stop(self._stop):
             while self.step < self.settings.steps and not self._stopping:
                 self.report_here(self._train_step())
                 self.step += 1
@@ -203,6 +202,11 @@ class Loop:
                 )
         self._restored = True
         return self.step
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal ended it."""
+        return self._stopping
 
     def report_here(self, report: StepReport | Score) -> None:
         """Report on the main process only."""
@@ -362,24 +366,8 @@ class Loop:
     def _anybody(self, flag: bool) -> bool:
         return bool(self._sum(torch.tensor([float(flag)]))[0]) if self.accelerator.num_processes > 1 else flag
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT finish the step and save; the second one ends at once."""
-
-        def stop(number: int, _frame: FrameType | None) -> None:
-            self._stopping = True
-            signal.signal(number, previous[signal.Signals(number)])
-
-        try:
-            previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not in the main thread: whoever runs us there handles signals
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def _stop(self) -> None:
+        self._stopping = True
 
 
 class _Totals:

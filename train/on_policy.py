@@ -27,6 +27,14 @@ from specdec.train.prepared import MemoryData
 
 Writer = Literal["fixed", "target", "draft"]
 
+TEXTS: dict[str, dict[str, float]] = {
+    "fixed": {},
+    "target": {"target": 1.0},
+    "draft": {"draft": 1.0},
+    "mixture": {"fixed": 0.5, "draft": 0.5},
+}
+"""DistillSpec's sources by name, as `TextShares` of those who are named."""
+
 WRITTEN_AT_ONCE = 32
 """Documents that one call of generate writes."""
 

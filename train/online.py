@@ -280,12 +280,21 @@ class LearningDrafter:
             "buffer": {"tokens": self.buffer.tokens, "bytes": self.buffer.nbytes, "waiting": self.buffer.waiting_laws},
         }
 
-    def save(self, folder: str | Path, *, replay: bool = True) -> Path:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        replay: bool = True,
+        number: int | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> Path:
         """Write a checkpoint, whole or not at all: `folder/latest/drafter` is a drafter directory to load.
 
         Args:
             folder: of the checkpoints; the last two are kept.
             replay: with the replay buffer, as far as it waits or was learned from.
+            number: of the checkpoint, rising; that of the updates by default.
+            more: kept beside what was learned, for `restore` to return; plain values for JSON.
         """
         self.finish()
         self.wait()
@@ -295,11 +304,14 @@ class LearningDrafter:
             if replay:
                 write_replay(self.buffer, path / REPLAY)
 
-        state = {"kind": self.learner.kind, **self.learner.counters(), "summary": self.summary()}
-        return Checkpoints(Path(folder)).save(self.learner.updates, write, state)
+        state = {"kind": self.learner.kind, **self.learner.counters(), "summary": self.summary(), **(more or {})}
+        return Checkpoints(Path(folder)).save(self.learner.updates if number is None else number, write, state)
 
-    def restore(self, folder: str | Path) -> None:
+    def restore(self, folder: str | Path) -> dict[str, Any]:
         """Go on from the newest checkpoint in a folder; drafts with its weights from the next generation on.
+
+        Returns:
+            the checkpoint's state, with what `save` was given to keep.
 
         Raises:
             BadCheckpoint: there is none, or it is of another drafter.
@@ -317,6 +329,7 @@ class LearningDrafter:
         self.learner.publish()
         if (path / REPLAY).is_file():
             read_replay(self.buffer, path / REPLAY)
+        return state
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(

@@ -15,16 +15,23 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from specdec.errors import BadRecipe
 from specdec.train.loop_settings import LoopSettings
 from specdec.train.objective import Objective
 
 Settings = TypeVar("Settings")
+
+
+class _Recipe(Protocol):
+    def changed(self, values: Mapping[str, Any]) -> Self: ...
+
+
+Changeable = TypeVar("Changeable", bound=_Recipe)
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class DataSettings:
 
 
 SECTIONS = ("loop", "objective", "data", "head")
+DRAFT_MODEL = "draft-model"
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,7 @@ DEFAULTS: dict[str, Recipe] = {
     "eagle": Recipe("eagle", _loop(5e-4, clip=0.5)),
     "eagle3": Recipe("eagle3", _loop(5e-4, clip=0.5), Objective(decay=0.8)),
     "kangaroo": Recipe("kangaroo", _loop(1e-3)),
-    "draft-model": Recipe("draft-model", _loop(3e-4)),
+    DRAFT_MODEL: Recipe(DRAFT_MODEL, _loop(3e-4)),
 }
 """Learning rates and weights by depth are the published ones where there are any (docs/training.md says which)."""
 
@@ -180,13 +188,22 @@ def recipe_for(kind: str, file: Path | None = None, **sections: Mapping[str, Any
         raise BadRecipe(f"no kind {kind!r} to train; there are {', '.join(DEFAULTS)}")
     recipe = DEFAULTS[kind]
     if file is not None:
-        try:
-            recipe = recipe.changed(tomllib.loads(file.read_text()))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise BadRecipe(f"the recipe {file} cannot be read: {error}") from error
-        except BadRecipe as error:
-            raise BadRecipe(f"{file}: {error}") from error
+        recipe = read_recipe(recipe, file)
     return recipe.changed(sections)
+
+
+def read_recipe(recipe: Changeable, file: Path) -> Changeable:
+    """A recipe with a TOML file laid over.
+
+    Raises:
+        BadRecipe: a file that is no TOML, or a setting that does not exist; names the file.
+    """
+    try:
+        return recipe.changed(tomllib.loads(file.read_text()))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadRecipe(f"the recipe {file} cannot be read: {error}") from error
+    except BadRecipe as error:
+        raise BadRecipe(f"{file}: {error}") from error
 
 
 def laid_over(settings: Settings, values: Mapping[str, Any], section: str) -> Settings:
@@ -211,8 +228,12 @@ def laid_over(settings: Settings, values: Mapping[str, Any], section: str) -> Se
     return replace(settings, **changes)  # type: ignore[type-var]
 
 
-def parsed_settings(assignments: Iterable[str]) -> dict[str, dict[str, Any]]:
+def parsed_settings(assignments: Iterable[str], known: Sequence[str] = SECTIONS) -> dict[str, dict[str, Any]]:
     """`section.name=value` as sections; a value is written as in TOML, and what is no TOML is text.
+
+    Args:
+        assignments: of the command line.
+        known: sections that there are.
 
     Raises:
         BadRecipe: not of this form, an unknown section, or a setting that is given twice.
@@ -223,8 +244,8 @@ def parsed_settings(assignments: Iterable[str]) -> dict[str, dict[str, Any]]:
         section, *names = (part.strip().replace("-", "_") for part in key.split("."))
         if not equals or not text.strip() or not names or not all(names):
             raise BadRecipe(f"got {assignment!r}, expected section.name=value such as loop.steps=500")
-        if section not in SECTIONS:
-            raise BadRecipe(f"no section {section!r} in {assignment!r}; there are {', '.join(SECTIONS)}")
+        if section not in known:
+            raise BadRecipe(f"no section {section!r} in {assignment!r}; there are {', '.join(known)}")
         place = sections.setdefault(section, {})
         for name in names[:-1]:
             place = place.setdefault(name, {})

@@ -70,6 +70,11 @@ def read_source(name: str | Path, *, split: str = "train") -> Iterator[SourceRow
     raise BadData(f"no data at {path}: there is no such file or folder")
 
 
+def is_text(path: Path) -> bool:
+    """Whether `read_source` reads this file as text, whatever is in it."""
+    return path.is_file() and _suffix(path) not in READERS
+
+
 def shown(value: object) -> str:
     """A value as a message shows it: short, and on one line."""
     return " ".join(reprlib.repr(value).split())

@@ -1,35 +1,23 @@
-"""A stream of prompts, decoded one after the other with one drafter, and what each was worth.
-
-A file of the stream has one JSON object in each line: {"prompt": "text", "topic": "optional label"}.
-"""
+"""A stream of prompts, decoded one after the other with one drafter, and what each was worth."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from specdec.api import generate
 from specdec.drafter import Drafter
-from specdec.errors import BadData
 from specdec.json_lines import JsonLines
 from specdec.stats import DecodeStats
 from specdec.train.online import LearningDrafter
-
-
-@dataclass(frozen=True)
-class StreamPrompt:
-    """One request: token ids of the prompt, and what it is about, if that is known."""
-
-    ids: list[int]
-    topic: str | None = None
+from specdec.train.stream_prompts import StreamPrompt
 
 
 @dataclass(frozen=True)
@@ -42,6 +30,9 @@ class Request:
         tau: tokens per target call, next_token included.
         alpha: probability that a drafted token is accepted given that its parent was, over all depths.
         steps: verifications.
+        emitted: tokens that came out of them.
+        accepted: drafted tokens that were accepted.
+        tried: levels at which one could have been.
         new_tokens: generated.
         seconds: of decoding, without learning.
         learning_seconds: spent on learning after it; in the background 0.
@@ -53,39 +44,13 @@ class Request:
     tau: float
     alpha: float
     steps: int
+    emitted: int
+    accepted: int
+    tried: int
     new_tokens: int
     seconds: float
     learning_seconds: float
     updates: int
-
-
-def read_stream(file: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[StreamPrompt]:
-    """Prompts of a JSONL file, as they are read.
-
-    Raises:
-        BadData: names the file and the line that is no prompt.
-    """
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _parsed(line, tokenizer, f"{file}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadData(f"the stream {file} cannot be read: {error}") from error
-
-
-def _parsed(line: str, tokenizer: PreTrainedTokenizerBase, where: str) -> StreamPrompt:
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise BadData(f"{where}: not JSON ({error})") from error
-    prompt, topic = (found.get("prompt"), found.get("topic")) if isinstance(found, dict) else (None, None)
-    if not isinstance(prompt, str) or not (topic is None or isinstance(topic, str)):
-        raise BadData(f'{where}: expected {{"prompt": "text", "topic": "optional label"}}, got {line.strip()[:80]}')
-    ids: list[int] = tokenizer(prompt).input_ids
-    if not ids:
-        raise BadData(f"{where}: the prompt is empty")
-    return StreamPrompt(ids, topic)
 
 
 def replay_stream(
@@ -117,15 +82,11 @@ def replay_stream(
         BadData: a prompt cannot be read.
         SpecdecError: model and drafter do not fit.
     """
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    if not stop_at_end:
-        settings["eos_token_id"] = None
+    settings = decoding(max_new_tokens, temperature, stop_at_end=stop_at_end)
     requests = []
     with nullcontext() if log is None else JsonLines(log) as lines:
         for number, prompt in enumerate(prompts):
-            request = _decoded(model, drafter, prompt, number, seed, settings)
+            request = decode_request(model, drafter, prompt, number, seed, settings)
             if lines is not None:
                 lines.append([asdict(request)])
             report(request)
@@ -133,7 +94,17 @@ def replay_stream(
     return requests
 
 
-def _decoded(
+def decoding(max_new_tokens: int, temperature: float, *, stop_at_end: bool = True) -> dict[str, Any]:
+    """Options of `generate` for every request of a stream; see `replay_stream`."""
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if not stop_at_end:
+        settings["eos_token_id"] = None
+    return settings
+
+
+def decode_request(
     model: PreTrainedModel, drafter: Drafter, prompt: StreamPrompt, number: int, seed: int, settings: dict[str, Any]
 ) -> Request:
     """One request, and then the update that may be due after it."""
@@ -155,5 +126,6 @@ def _decoded(
     tried = sum(step.tried for step in stats.steps)
     return Request(
         number, prompt.topic, round(stats.tau, 4), round(stats.accepted / tried, 4) if tried else 0.0,
-        len(stats.steps), stats.new_tokens, round(stats.total_time, 4), round(learning, 4), updates,
+        len(stats.steps), sum(step.emitted for step in stats.steps), stats.accepted, tried, stats.new_tokens,
+        round(stats.total_time, 4), round(learning, 4), updates,
     )  # fmt: skip

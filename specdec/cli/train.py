@@ -13,39 +13,59 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 
-from specdec.api import target_of
 from specdec.cli.console import INTERRUPTED, note, out
-from specdec.cli.model import load_model, load_tokenizer, locate
+from specdec.cli.model import DEMO_MODELS, load_tokenizer, locate
 from specdec.cli.options import Device, Dtype, DtypeOption, Threads, within
 from specdec.cli.train_display import display
-from specdec.cli.train_process import dtype_of, run_here
+from specdec.cli.train_online import replay_online
+from specdec.cli.train_options import (
+    DRAFT_FLAGS,
+    FLAGS,
+    ONLINE_FLAGS,
+    SIZES,
+    Background,
+    Chat,
+    ContinueOn,
+    CutFrom,
+    Divergence,
+    FromScratch,
+    KeepShare,
+    Layers,
+    LearnEvery,
+    MaxAge,
+    MaxNewTokens,
+    Online,
+    Pretrain,
+    ReplayShare,
+    Share,
+    Static,
+    Text,
+    TopK,
+    Width,
+    check_use,
+    draft_values,
+    sections_of,
+)
+from specdec.cli.train_plan import print_plan
+from specdec.cli.train_process import run_here
 from specdec.errors import BadRecipe, SpecdecError
 from specdec.train.data_of_run import is_prepared, prepared_for
-from specdec.train.job import FINISHED, Job, training_of
-from specdec.train.plan import Plan, plan_run
-from specdec.train.prepare import open_prepared
-from specdec.train.prepared import check_tokenizer
+from specdec.train.distill import SCRATCH, TARGET, DraftSettings
+from specdec.train.job import FINISHED, Job
+from specdec.train.online_job import OnlineJob
+from specdec.train.online_recipe import SECTIONS as ONLINE_SECTIONS
+from specdec.train.online_recipe import online_recipe_for
 from specdec.train.processes import check_processes, launch
 from specdec.train.publish import check_push, push_to_hub
-from specdec.train.recipe import DEFAULTS, Recipe, merged, parsed_settings, recipe_for
+from specdec.train.recipe import DEFAULTS, DRAFT_MODEL, SECTIONS, Recipe, recipe_for
+from specdec.train.staged_job import CONTINUE, PRETRAIN, STAGES, is_staged, stage_recipe
 from specdec.train.tracking import check_trackers
 
-FLAGS = {
-    "steps": "loop.steps",
-    "lr": "loop.learning_rate",
-    "batch_rows": "loop.rows_per_step",
-    "rows_at_once": "loop.rows_at_once",
-    "row_length": "data.row_length",
-    "seed": "loop.seed",
-    "bf16": "loop.bf16",
-    "fsdp": "loop.fsdp",
-    "save_every": "loop.save_every",
-    "evaluate_every": "loop.evaluate_every",
-    "temperature": "data.validation_temperature",
-}
-"""Settings of a recipe that have an option of their own."""
+Given = dict[str, Any]
+
+OFF = ("online", "static", "background", "from_scratch", "gradient_checkpointing")
+"""Options that are off where nobody says otherwise."""
 
 
 def train(
@@ -54,10 +74,10 @@ def train(
         str, typer.Argument(help="The model: a directory, a hub id, or the word [bold]demo[/bold].", show_default=False)
     ],
     data: Annotated[
-        str,
+        list[str],
         typer.Argument(
             help="What [bold]specdec data prepare[/bold] made; or text, JSON lines, Parquet, a folder or a data set, "
-            "which are prepared into OUT/data.",
+            "which are prepared into OUT/data. With --online, files of prompts, in order.",
             show_default=False,
         ),
     ],
@@ -76,7 +96,9 @@ def train(
             "--set", help="Any setting, as in [bold]--set objective.divergence=jsd:0.5[/bold].", show_default=False
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default=False)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; of each update with --online.", show_default=False)
+    ] = None,
     lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate.", show_default=False)] = None,
     batch_rows: Annotated[int | None, typer.Option(help="Rows of one step, all processes.", show_default=False)] = None,
     rows_at_once: Annotated[
@@ -89,9 +111,14 @@ def train(
     bf16: Annotated[
         bool | None, typer.Option("--bf16/--no-bf16", help="Autocast; weights stay in float32.", show_default=False)
     ] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.", show_default=False)] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; requests with --online.", show_default=False)
+    ] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Steps between validations.", show_default=False)] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of validation; 0 is greedy.", show_default=False)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of validation, or of the stream; 0 is greedy.", show_default=False)
+    ] = None,
+    divergence: Divergence = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Held-out prompts: JSON lines, or text with one a line.", show_default=False),
@@ -101,7 +128,7 @@ def train(
         typer.Option(help="The target's states from [bold]specdec data features[/bold].", show_default=False),
     ] = None,
     begin_from: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--from", help="Begin with the weights of this drafter.", show_default=False),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Refuse an --out that holds checkpoints.")] = False,
@@ -121,6 +148,24 @@ def train(
     hub: Annotated[
         str | None, typer.Option("--push-to-hub", help="Upload the best drafter as OWNER/NAME.", show_default=False)
     ] = None,
+    text: Text = None,
+    keep_share: KeepShare = None,
+    cut_from: CutFrom = None,
+    from_scratch: FromScratch = False,
+    share: Share = None,
+    layers: Layers = None,
+    width: Width = None,
+    pretrain: Pretrain = None,
+    continue_on: ContinueOn = None,
+    online: Online = False,
+    static: Static = False,
+    max_new_tokens: MaxNewTokens = None,
+    chat: Chat = None,
+    learn_every: LearnEvery = None,
+    max_age: MaxAge = None,
+    background: Background = False,
+    replay_share: ReplayShare = None,
+    top_k: TopK = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done and needed, and do nothing.")] = False,
     dtype: DtypeOption = Dtype.auto,
     device: Device = "auto",
@@ -133,26 +178,37 @@ def train(
     result as without the interruption. OUT/drafter leads to the best drafter.
 
     Example: specdec train medusa demo texts/ --out runs/medusa --steps 500
+
+    Example: specdec train draft-model demo prompts.jsonl --online --from demo-draft --out runs/online
     """
-    given = {name: value for name, value in locals().items() if name in FLAGS and value is not None}
-    chosen = _usage(lambda: _recipe(kind, recipe, assignments or [], given))
+    given = {name: value for name, value in locals().items() if value is not None and (value or name not in OFF)}
+    given |= {"from": begin_from} if begin_from else {}
+    _usage(lambda: check_use(kind, given, online=online))
+    if online:
+        job = _usage(lambda: _online_job(given))
+        locate(target)
+        replay_online(job, dtype=dtype.value, device=device, threads=threads, hub=hub, plan=plan, as_json=as_json)
+        return
+    chosen = _usage(lambda: _recipe(given))
     _usage(lambda: check_trackers(report_to or []))
     if hub:
         _usage(lambda: check_push(hub))
     check_processes(processes, _device_type(device), torch.cuda.device_count())
     sharing = _sharing(processes)
-    _usage(lambda: chosen.fitted(sharing))
+    _usage(lambda: _check_fitted(chosen, sharing))
     locate(target)
     job = Job(
-        recipe=chosen, target=target, data=Path(data), out=out_folder, features=features, prompts=prompts,
-        begin_from=begin_from, fresh=fresh, recompute=gradient_checkpointing, report_to=tuple(report_to or ()),
+        recipe=chosen, target=target, data=Path(data[0]), out=out_folder, features=features, prompts=prompts,
+        begin_from=None if begin_from is None else _model_path(begin_from), fresh=fresh,
+        recompute=gradient_checkpointing, report_to=tuple(report_to or ()),
+        stages={name: Path(text) for name, text in ((PRETRAIN, pretrain), (CONTINUE, continue_on)) if text},
         dtype=dtype.value, device=device, threads=threads, command=tuple(sys.argv),
     )  # fmt: skip
     if plan:
         with tempfile.TemporaryDirectory() as folder:
-            _print_plan(_prepared(job, data, Path(folder)), sharing, as_json)
+            print_plan(_prepared(job, Path(folder)), sharing, as_json)
         return
-    job = _prepared(job, data, out_folder)
+    job = _prepared(job, out_folder)
     finished = _run(job, processes, as_json)
     if not _is_main():
         return
@@ -185,28 +241,71 @@ def _usage(call: Callable[[], Any]) -> Any:
         raise typer.BadParameter(str(error)) from error
 
 
-def _recipe(kind: str, file: Path | None, assignments: list[str], given: dict[str, Any]) -> Recipe:
-    sections = parsed_settings(assignments)
-    for name, value in given.items():
-        section, field = FLAGS[name].split(".")
-        if field in sections.get(section, {}):
-            raise BadRecipe(f"{FLAGS[name]} is given twice, by --set and by --{name.replace('_', '-')}")
-        sections = merged(sections, {section: {field: value}})
-    return recipe_for(kind, file, **sections)
+def _recipe(given: Given) -> Recipe:
+    if len(given["data"]) > 1:
+        raise BadRecipe(
+            f"several DATA belong to --online; `specdec data prepare {' '.join(given['data'])} ...` makes one of them"
+        )
+    kind, values = given["kind"], draft_values(given)
+    sizes = "head.scratch." if "from_scratch" in given else "head.cut."
+    flags = FLAGS | DRAFT_FLAGS | {name: sizes + field for name, field in SIZES.items()}
+    if values.get("cut_from", TARGET) != TARGET:
+        values["cut_from"] = str(_model_path(values["cut_from"]))
+    recipe = recipe_for(kind, given.get("recipe"), **sections_of(given.get("assignments", []), values, flags, SECTIONS))
+    if kind == DRAFT_MODEL:
+        settings = DraftSettings.of(recipe)
+        if "cut_from" in given and not settings.cut:
+            raise BadRecipe(
+                "--cut-from needs a size to cut to: --layers, --width, or --set head.cut.intermediate_size=N"
+            )
+        if settings.draft == SCRATCH and given.get("report_to"):
+            raise BadRecipe("--report-to follows one run, and a draft from scratch is several; leave it out")
+    return recipe
+
+
+def _check_fitted(recipe: Recipe, processes: int) -> None:
+    for each in [stage_recipe(recipe, name) for name in STAGES] if is_staged(recipe) else [recipe]:
+        each.fitted(processes)
+
+
+def _online_job(given: Given) -> OnlineJob:
+    kind = given["kind"]
+    recipe = online_recipe_for(
+        kind, given.get("recipe"), **sections_of(given.get("assignments", []), given, ONLINE_FLAGS, ONLINE_SECTIONS)
+    )
+    if "from" not in given:
+        raise BadRecipe("--online begins with a drafter that is there: say --from DRAFTER")
+    if given["processes"] > 1:
+        raise BadRecipe("--processes does nothing with --online; leave it out")
+    return OnlineJob(
+        recipe=recipe, target=given["target"], sources=tuple(given["data"]), out=given["out_folder"],
+        begin_from=given["from"], compare="static" in given, chat=given.get("chat"), fresh=given["fresh"],
+        command=tuple(sys.argv),
+    )  # fmt: skip
+
+
+def _model_path(name: str) -> Path:
+    """A directory of weights by its path, or by the word `demo-draft`."""
+    return Path(locate(name)) if name in DEMO_MODELS else Path(name).expanduser()
 
 
 def _device_type(device: str) -> str:
     return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _prepared(job: Job, data: str, folder: Path) -> Job:
+def _prepared(job: Job, folder: Path) -> Job:
     """With prepared data: as it is, or made on the way in a folder."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_prepared(Path(data).expanduser()):
-        raise BadRecipe(
-            f"{data} is not prepared; several processes would prepare it at once: `specdec data prepare` first"
-        )
     tokenizer = load_tokenizer(job.target)
-    return replace(job, data=prepared_for(data, tokenizer, str(locate(job.target)), folder / "data", tell=note))
+
+    def prepared(data: Path, into: Path) -> Path:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not is_prepared(data.expanduser()):
+            raise BadRecipe(
+                f"{data} is not prepared; several processes would prepare it at once: `specdec data prepare` first"
+            )
+        return prepared_for(str(data), tokenizer, str(locate(job.target)), into, tell=note)
+
+    stages = {name: prepared(data, folder / name / "data") for name, data in job.stages.items()}
+    return replace(job, data=prepared(job.data, folder / "data"), stages=stages)
 
 
 def _run(job: Job, processes: int, as_json: bool) -> dict[str, Any] | None:
@@ -235,7 +334,8 @@ def _conclude(finished: dict[str, Any], target: str, folder: Path, as_json: bool
     if as_json:
         print(json.dumps(finished), flush=True)
     if finished["stopped"]:
-        note(f"stopped and saved after step {finished['step']} of {finished['steps']}; the same command goes on")
+        stage = f" of stage {finished['stage']}" if "stage" in finished else ""
+        note(f"stopped and saved after step {finished['step']} of {finished['steps']}{stage}; the same command goes on")
     if finished["drafter"] is None:
         raise SpecdecError(f"{folder} holds no drafter")
     if as_json:
@@ -243,48 +343,5 @@ def _conclude(finished: dict[str, Any], target: str, folder: Path, as_json: bool
     worth = f"tau {finished['tau']:.2f}" if finished["tau"] is not None else "not measured"
     best = "best" if finished["measured"] else "newest"
     out.print(f"{best} drafter: {finished['drafter']} (step {finished['drafter_step']}, {worth})", soft_wrap=True)
-    out.print(f"use it: specdec generate {target} --drafter {folder}", soft_wrap=True)
-
-
-def _print_plan(job: Job, processes: int, as_json: bool) -> None:
-    model = load_model(job.target, dtype_of(job.target, job.dtype), job.device)
-    recipe = job.recipe.fitted(processes, target_of(model).max_positions)
-    data = open_prepared(job.data)
-    check_tokenizer(data.manifest, model)
-    with tempfile.TemporaryDirectory() as folder:
-        plan = plan_run(recipe, training_of(job, recipe, model, data, Path(folder)), data, processes)
-    if as_json:
-        print(json.dumps({"recipe": recipe.resolved(), **plan.to_json()}))
-        return
-    table = Table.grid(padding=(0, 2))
-    for section, settings in recipe.resolved().items():
-        if isinstance(settings, dict):
-            table.add_row(f"[bold]{section}", "")
-            for name, value in settings.items():
-                table.add_row(f"  {name}", str(value))
-    table.add_row("[bold]run", "")
-    for name, value in _plan_rows(plan, processes):
-        table.add_row(f"  {name}", value)
-    out.print(table)
-
-
-def _plan_rows(plan: Plan, processes: int) -> list[tuple[str, str]]:
-    together = plan.target_bytes + plan.drafter_bytes + plan.activation_bytes
-    return [
-        ("parameters", f"{plan.parameters:,}, {plan.learning:,} of them learn"),
-        ("data", f"{plan.documents:,} documents, {plan.tokens:,} tokens, {plan.rows:,} rows"),
-        ("tokens per step", f"{plan.tokens_per_step:,} at most"),
-        ("steps per epoch", f"{plan.steps_per_epoch:.1f}; the run has {plan.epochs:.2f} epochs"),
-        ("memory", f"about {_size(together)} in each of {processes} processes: target {_size(plan.target_bytes)}, "
-                   f"drafter with gradients and moments {_size(plan.drafter_bytes)}, "
-                   f"laws {_size(plan.activation_bytes)} (a rough estimate)"),
-        ("checkpoint", f"{_size(plan.checkpoint_bytes)} each, {plan.checkpoints} at the same time at most"),
-    ]  # fmt: skip
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+    name = folder if finished["drafter"] == str(folder / "drafter") else finished["drafter"]
+    out.print(f"use it: specdec generate {target} --drafter {name}", soft_wrap=True)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from specdec.cli.console import note
-from specdec.train.job import FINISHED, NOTE, STEP, VALIDATION
+from specdec.train.job import FINISHED, NOTE, STAGE, STEP, VALIDATION
 
 LINE_SECONDS = 10.0
 """Outside a terminal a step is shown when so much time has passed since the last one that was."""
@@ -77,6 +77,9 @@ class _Lines:
         elif event["event"] == VALIDATION:
             self.tau = event["value"]
             note(validation_text(event))
+        elif event["event"] == STAGE:
+            self.steps, self.tau, self.begun, self.shown = event["steps"], None, None, -LINE_SECONDS
+            note(event["text"])
         elif event["event"] == NOTE:
             note(event["text"])
 
@@ -104,6 +107,10 @@ class _Bar:
         elif event["event"] == VALIDATION:
             self.tau = event["value"]
             self.bar.console.print(validation_text(event), markup=False)
+        elif event["event"] == STAGE:
+            self.tau = None
+            self.bar.reset(self.task, total=event["steps"])
+            self.bar.console.print(event["text"], markup=False)
         elif event["event"] == NOTE:
             self.bar.console.print(event["text"], markup=False)
         elif event["event"] == FINISHED:

@@ -12,6 +12,7 @@ from specdec.cli.console import explain, quiet_libraries
 from specdec.cli.model import DEMO_MODELS, load_model, load_tokenizer
 from specdec.train.job import Hear, Job, run_job
 from specdec.train.processes import ERROR, PROCESS, accelerator_for, check_processes, tell
+from specdec.train.staged_job import is_staged, run_stages
 
 
 def run_here(job: Job, hear: Hear) -> None:
@@ -27,7 +28,8 @@ def run_here(job: Job, hear: Hear) -> None:
     )
     device = str(accelerator.device) if accelerator.num_processes > 1 or job.device == "auto" else job.device
     model = load_model(job.target, dtype_of(job.target, job.dtype), device)
-    run_job(job, model, load_tokenizer(job.target), accelerator, hear)
+    run = run_stages if is_staged(job.recipe) else run_job
+    run(job, model, load_tokenizer(job.target), accelerator, hear)
 
 
 def runs_on_cpu(device: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 
 from specdec.errors import BadData
 from specdec.train.online import LearningDrafter
-from specdec.train.stream import StreamPrompt, read_stream, replay_stream
+from specdec.train.stream import replay_stream
+from specdec.train.stream_prompts import StreamPrompt, read_stream
 from tests.tiny import shared_target, tokenizer
 from tests.train.test_online import FAST, draft_model, taus
 
@@ -54,28 +56,55 @@ def test_both_drafters_meet_the_same_random_numbers():
 def test_a_file_of_prompts_is_read_with_its_topics(tmp_path: Path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "abc", "topic": "letters"}\n\n{"prompt": "12"}\n')
-    first, second = read_stream(file, tokenizer())
-    assert (first.topic, second.topic) == ("letters", None)
+    first, second = read_stream([file], tokenizer())
+    assert (first.topic, second.topic) == ("letters", "prompts")
     assert first.ids == tokenizer()("abc").input_ids
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
     [("{", "not JSON"), ("[1]", "expected"), ('{"prompt": 3}', "expected"), ('{"prompt": ""}', "empty"),
-     ('{"prompt": "a", "topic": 1}', "expected")],
+     ('{"prompt": "a", "topic": 1}', "topic is text")],
 )  # fmt: skip
 def test_a_line_that_is_no_prompt_is_named(tmp_path: Path, line: str, says: str):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "abc"}\n' + line + "\n")
     with pytest.raises(BadData, match=says) as caught:
-        list(read_stream(file, tokenizer()))
-    assert f"{file}, line 2" in str(caught.value)
+        list(read_stream([file], tokenizer()))
+    assert f"{file}:2" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_stream_that_is_not_there_is_one_line(tmp_path: Path):
-    with pytest.raises(BadData, match="cannot be read"):
-        list(read_stream(tmp_path / "none.jsonl", tokenizer()))
+    with pytest.raises(BadData, match="there is no such file"):
+        list(read_stream([tmp_path / "none.jsonl"], tokenizer()))
+
+
+def test_a_text_file_has_one_prompt_a_line_and_its_name_as_topic(tmp_path: Path):
+    (tmp_path / "sql.txt").write_text("SELECT a\n\nSELECT b")
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    first, second = read_stream([tmp_path / "sql.txt"], tokenizer())
+    assert (first.ids, second.ids) == (tokenizer()("SELECT a").input_ids, tokenizer()("SELECT b").input_ids)
+    assert {first.topic, second.topic} == {"sql"}
+    assert second.place.endswith("sql.txt:3")
+    with pytest.raises(BadData, match="chat template"):
+        list(read_stream([tmp_path / "chats.jsonl"], tokenizer()))
+
+
+def test_a_chat_template_asks_what_is_asked_last(tmp_path: Path):
+    words = copy.deepcopy(tokenizer())
+    words.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    file = tmp_path / "chats.jsonl"
+    turns = [("user", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "e")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    file.write_text(json.dumps({"messages": messages}) + '\n{"prompt": "x"}\n')
+    history, question = read_stream([file], words)
+    assert history.ids == words("u:b;a:c;u:d;a:", add_special_tokens=False).input_ids
+    assert question.ids == words("u:x;a:", add_special_tokens=False).input_ids
+    with pytest.raises(BadData, match="chat template"):
+        list(read_stream([file], words, chat=False))
 
 
 def test_requests_without_a_topic_are_reported_together():

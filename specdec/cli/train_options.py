@@ -1,0 +1,270 @@
+"""Options of `specdec train` that belong to some of its uses, and the settings of a recipe that options stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from specdec.cli.options import within
+from specdec.errors import BadRecipe
+from specdec.train.on_policy import TEXTS
+from specdec.train.recipe import DRAFT_MODEL, merged, parsed_settings
+
+DRAFT, ONLINE = "Draft models", "Online: learning from a stream of prompts"
+
+Divergence = Annotated[
+    str | None,
+    typer.Option(
+        help="forward-kl, reverse-kl, jsd:BETA, tv, nla, adaptive or ce; from the target's law.", show_default=False
+    ),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        metavar="|".join(TEXTS), help="Whose text is learned from: the data's, or what a model writes on the way.",
+        rich_help_panel=DRAFT, show_default=False,
+    ),
+]  # fmt: skip
+KeepShare = Annotated[
+    float | None,
+    typer.Option(
+        callback=within(0, 1), help="Learn only from so large a share of the tokens (AdaSPEC's filter).",
+        rich_help_panel=DRAFT, show_default=False,
+    ),
+]  # fmt: skip
+CutFrom = Annotated[
+    str | None,
+    typer.Option(
+        metavar="target|DIR", help="Begin with a model cut out of this one, to --layers and --width.",
+        rich_help_panel=DRAFT, show_default=False,
+    ),
+]  # fmt: skip
+FromScratch = Annotated[
+    bool,
+    typer.Option("--from-scratch", help="Begin with a fresh model whose size is chosen here.", rich_help_panel=DRAFT),
+]
+Share = Annotated[
+    float | None,
+    typer.Option(
+        help="Of a step of the target that a step of the fresh model may cost.  \\[default: 0.15]",
+        rich_help_panel=DRAFT, show_default=False,
+    ),
+]  # fmt: skip
+Layers = Annotated[
+    int | None,
+    typer.Option(callback=within(1), help="Of the cut or fresh model.", rich_help_panel=DRAFT, show_default=False),
+]
+Width = Annotated[
+    int | None,
+    typer.Option(
+        callback=within(1), help="Hidden size of the cut or fresh model.", rich_help_panel=DRAFT, show_default=False
+    ),
+]
+Pretrain = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA", help="Text that a fresh model learns first.", rich_help_panel=DRAFT, show_default=False
+    ),
+]
+ContinueOn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA", help="Text nearer to the use, before the answers in DATA.", rich_help_panel=DRAFT,
+        show_default=False,
+    ),
+]  # fmt: skip
+
+Online = Annotated[
+    bool,
+    typer.Option(
+        "--online", help="DATA are prompts: decode them in order, and let the drafter of --from learn meanwhile.",
+        rich_help_panel=ONLINE,
+    ),
+]  # fmt: skip
+Static = Annotated[
+    bool,
+    typer.Option(
+        "--static", help="Decode every prompt with the drafter as it was, too, and compare.", rich_help_panel=ONLINE
+    ),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens", "-n", callback=within(2), help="Of each request.  \\[default: 128]",
+        rich_help_panel=ONLINE, show_default=False,
+    ),
+]  # fmt: skip
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat", help="Whether prompts are questions for the target's chat template.",
+        rich_help_panel=ONLINE, show_default=False,
+    ),
+]  # fmt: skip
+LearnEvery = Annotated[
+    int | None,
+    typer.Option(
+        callback=within(1), help="Tokens after which an update is due.  \\[default: 512]", rich_help_panel=ONLINE,
+        show_default=False,
+    ),
+]  # fmt: skip
+MaxAge = Annotated[
+    float | None,
+    typer.Option(
+        callback=within(0), help="Seconds after which it is due anyway; 0 for never.  \\[default: 60]",
+        rich_help_panel=ONLINE, show_default=False,
+    ),
+]  # fmt: skip
+Background = Annotated[
+    bool, typer.Option("--background", help="Learn in a thread of the lowest priority.", rich_help_panel=ONLINE)
+]
+ReplayShare = Annotated[
+    float | None,
+    typer.Option(
+        help="Of an update's passages that are older ones.  \\[default: 0.5]", rich_help_panel=ONLINE,
+        show_default=False,
+    ),
+]  # fmt: skip
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        callback=within(0), help="Tokens kept of each of the target's laws; 0 for all.  \\[default: 64]",
+        rich_help_panel=ONLINE, show_default=False,
+    ),
+]  # fmt: skip
+
+FLAGS = {
+    "steps": "loop.steps",
+    "lr": "loop.learning_rate",
+    "batch_rows": "loop.rows_per_step",
+    "rows_at_once": "loop.rows_at_once",
+    "row_length": "data.row_length",
+    "seed": "loop.seed",
+    "bf16": "loop.bf16",
+    "fsdp": "loop.fsdp",
+    "save_every": "loop.save_every",
+    "evaluate_every": "loop.evaluate_every",
+    "temperature": "data.validation_temperature",
+    "divergence": "objective.divergence",
+}
+"""Settings of a recipe that have an option of their own."""
+
+DRAFT_FLAGS = {
+    "keep_share": "head.keep_share",
+    "text": "head.text",
+    "cut_from": "head.draft",
+    "from_scratch": "head.draft",
+    "share": "head.scratch.share",
+    "pretrain": "",
+    "continue_on": "",
+}
+"""Those of draft models alone; `layers` and `width` are sizes of `head.cut` or `head.scratch`."""
+
+ONLINE_FLAGS = {
+    "steps": "online.steps",
+    "lr": "online.learning.rate",
+    "batch_rows": "online.rows",
+    "rows_at_once": "online.rows_at_once",
+    "row_length": "online.row_length",
+    "seed": "online.seed",
+    "divergence": "online.divergence",
+    "learn_every": "online.learn_every",
+    "max_age": "online.max_age",
+    "background": "online.background",
+    "replay_share": "online.replay_share",
+    "top_k": "online.top_k",
+    "save_every": "stream.save_every",
+    "temperature": "stream.temperature",
+    "max_new_tokens": "stream.max_new_tokens",
+}
+"""Settings of a recipe of `--online` that have an option of their own."""
+
+SIZES = {"layers": "num_layers", "width": "hidden_size"}
+OF_ONLINE = ("static", "chat", "max_new_tokens", "learn_every", "max_age", "background", "replay_share", "top_k")
+NOT_ONLINE = (
+    "bf16",
+    "fsdp",
+    "evaluate_every",
+    "prompts",
+    "features",
+    "gradient_checkpointing",
+    "report_to",
+    *DRAFT_FLAGS,
+    *SIZES,
+)
+
+
+def option_name(parameter: str) -> str:
+    """A parameter as somebody writes it."""
+    return "--" + parameter.replace("_", "-")
+
+
+def check_use(kind: str, given: Mapping[str, Any], *, online: bool) -> None:
+    """Refuse options that would do nothing.
+
+    Args:
+        kind: what is trained.
+        given: parameters of the command that have another value than their default.
+        online: whether a stream is replayed.
+
+    Raises:
+        BadRecipe: names the option.
+    """
+    if online and (idle := [name for name in NOT_ONLINE if name in given]):
+        raise BadRecipe(f"{option_name(idle[0])} does nothing with --online; leave it out")
+    if not online and (idle := [name for name in OF_ONLINE if name in given]):
+        raise BadRecipe(f"{option_name(idle[0])} belongs to --online; say that, or leave it out")
+    if kind != DRAFT_MODEL and (idle := [name for name in (*DRAFT_FLAGS, *SIZES) if name in given]):
+        raise BadRecipe(f"{option_name(idle[0])} belongs to the kind {DRAFT_MODEL}, got {kind}; leave it out")
+    scratch = [name for name in ("share", "pretrain", "continue_on") if name in given]
+    if scratch and "from_scratch" not in given:
+        raise BadRecipe(f"{option_name(scratch[0])} belongs to --from-scratch; say that, or leave it out")
+    begins = [name for name in ("from", "cut_from", "from_scratch") if name in given]
+    if len(begins) > 1:
+        raise BadRecipe(f"{' and '.join(map(option_name, begins))} are two ways to begin; choose one")
+    sizes = [name for name in SIZES if name in given]
+    if sizes and not {"cut_from", "from_scratch"} & given.keys():
+        raise BadRecipe(f"{option_name(sizes[0])} belongs to --cut-from or --from-scratch; say one of them")
+
+
+def sections_of(
+    assignments: list[str], given: Mapping[str, Any], flags: Mapping[str, str], known: tuple[str, ...]
+) -> Any:
+    """Sections of a recipe from `--set` and from options.
+
+    Raises:
+        BadRecipe: a setting that is given twice, or not of the form that is expected.
+    """
+    sections: dict[str, Any] = parsed_settings(assignments, known)
+    for name, value in given.items():
+        if not flags.get(name):
+            continue
+        *path, field = flags[name].split(".")
+        place: Any = sections
+        for part in path:
+            place = place.get(part, {}) if isinstance(place, dict) else {}
+        if isinstance(place, dict) and field in place:
+            raise BadRecipe(f"{flags[name]} is given twice, by --set and by {option_name(name)}")
+        nested: Any = {field: value}
+        for part in reversed(path):
+            nested = {part: nested}
+        sections = merged(sections, nested)
+    return sections
+
+
+def draft_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of draft models as the settings that they stand for.
+
+    Raises:
+        BadRecipe: a word that is none.
+    """
+    values = dict(given)
+    if "text" in values:
+        if values["text"] not in TEXTS:
+            raise BadRecipe(f"no text {values['text']!r} to learn from; there are {', '.join(TEXTS)}")
+        values["text"] = TEXTS[values["text"]]
+    if "from_scratch" in values:
+        values["from_scratch"] = "scratch"
+    return values

@@ -1,0 +1,28 @@
+"""SIGINT and SIGTERM let a run finish the piece of work it is at and save; the second one ends it at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def on_stop(act: Callable[[], None]) -> Iterator[None]:
+    """In this block the first signal of each kind calls `act` alone; elsewhere than in the main thread, none does."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        act()
+        signal.signal(number, previous[signal.Signals(number)])
+
+    try:
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
