@@ -22,7 +22,7 @@ from tests.test_cli_train import failed, finished, run, save
 from tests.tiny import make_target, perturbed
 
 torch.set_num_threads(1)
-FAST = ("--learn-every", 10, "--max-age", 0, "--lr", 2e-3, "--row-length", 64, "-n", 12, "--save-every", 3,
+FAST = ("--learn-every", 10, "--lr", 2e-3, "--row-length", 64, "-n", 12, "--save-every", 3,
         "--device", "cpu")  # fmt: skip
 
 

@@ -13,6 +13,7 @@ steps = 4
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,8 +25,11 @@ from specdec.train.recipe import DEFAULTS, laid_over, merged, read_recipe
 from specdec.train.replay import ReplayBuffer
 
 SECTIONS = ("online", "stream", "head")
-NONE_AT_ZERO = ("max_age", "top_k")
-"""Settings that may be None, for which TOML has no word."""
+NONE_AT_ZERO: dict[str, type] = {"max_age": float, "top_k": int}
+"""Settings that may be None, for which TOML has no word, and what they are else."""
+
+REPLAYED = OnlineSettings(max_age=None)
+"""A replay does not look at the clock, so that it comes out the same whenever it runs and wherever it is broken."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class OnlineRecipe:
     """Everything that decides what is learned, but the prompts and the drafter to begin with."""
 
     kind: str
-    online: OnlineSettings = field(default_factory=OnlineSettings)
+    online: OnlineSettings = REPLAYED
     stream: StreamSettings = field(default_factory=StreamSettings)
     head: dict[str, Any] = field(default_factory=dict)
 
@@ -113,8 +117,11 @@ def _online(settings: OnlineSettings, values: dict[str, Any]) -> OnlineSettings:
     if not isinstance(learning, Mapping):
         raise BadRecipe(f"[online.learning] of a recipe is a section, got {learning!r}")
     changes: dict[str, Any] = {"learning": laid_over(settings.learning, learning, "online.learning")}
-    for name in NONE_AT_ZERO:
-        if name in values and type(values[name]) in (int, float) and values[name] == 0:
-            changes[name] = None
-            del values[name]
+    for name, kind in NONE_AT_ZERO.items():
+        if name not in values:
+            continue
+        value = values.pop(name)
+        if type(value) not in (int, kind) or not 0 <= value < math.inf:
+            raise BadRecipe(f"[online] {name} is of type {kind.__name__} and not negative, got {value!r}")
+        changes[name] = kind(value) or None
     return replace(laid_over(settings, values, "online"), **changes)

@@ -113,7 +113,7 @@ LearnEvery = Annotated[
 MaxAge = Annotated[
     float | None,
     typer.Option(
-        callback=within(0), help="Seconds after which it is due anyway; 0 for never.  \\[default: 60]",
+        callback=within(0), help="Seconds after which it is due anyway; 0, the default, for never.",
         rich_help_panel=ONLINE, show_default=False,
     ),
 ]  # fmt: skip
