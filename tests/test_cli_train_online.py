@@ -184,7 +184,7 @@ def test_settings_of_a_file_lie_under_options(folder: Path, tmp_path: Path) -> N
 # --- Going on ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_ends_with_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
@@ -209,16 +209,13 @@ def test_after_a_crash_requests_behind_the_checkpoint_are_decoded_again(
 
     with monkeypatch.context() as patch:
         after(patch, 4, crash)
-        failed(online(folder, tmp_path / "run", "--static"), 1, "lightning")
+        failed(online(folder, tmp_path / "run"), 1, "lightning")
     assert len(rows(tmp_path / "run")) == 5
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
         log.write('{"number": 5, "tau')  # a kill may leave half a line
-    rest = finished(online(folder, tmp_path / "run", "--static"))
+    rest = finished(online(folder, tmp_path / "run"))
     assert "going on after request 3 of 8" in rest.stderr
-    for name in ("log.jsonl", "static.jsonl"):
-        assert [*map(without_times, rows(tmp_path / "run", name))] == [
-            *map(without_times, rows(folder / "whole", name))
-        ]
+    assert [*map(without_times, rows(tmp_path / "run"))] == [*map(without_times, rows(folder / "whole"))]
     assert same(folder / "whole", tmp_path / "run")
 
 
@@ -245,6 +242,7 @@ def test_another_run_s_directory_is_refused_and_stays(
     assert {file: file.read_bytes() for file in (folder / "whole").rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow
 def test_learning_in_the_background_ends_saved(folder: Path, tmp_path: Path) -> None:
     finished(online(folder, tmp_path / "run", "--background"))
     state = json.loads((tmp_path / "run" / "latest" / "state.json").read_text())

@@ -181,7 +181,7 @@ def train(
 
     Example: specdec train draft-model demo prompts.jsonl --online --from demo-draft --out runs/online
     """
-    given = {name: value for name, value in locals().items() if value is not None and (value or name not in OFF)}
+    given = {name: value for name, value in locals().items() if value not in (None, []) and (value or name not in OFF)}
     given |= {"from": begin_from} if begin_from else {}
     _usage(lambda: check_use(kind, given, online=online))
     if online:
@@ -201,7 +201,7 @@ def train(
         recipe=chosen, target=target, data=Path(data[0]), out=out_folder, features=features, prompts=prompts,
         begin_from=None if begin_from is None else _model_path(begin_from), fresh=fresh,
         recompute=gradient_checkpointing, report_to=tuple(report_to or ()),
-        stages={name: Path(text) for name, text in ((PRETRAIN, pretrain), (CONTINUE, continue_on)) if text},
+        stages={name: Path(source) for name, source in ((PRETRAIN, pretrain), (CONTINUE, continue_on)) if source},
         dtype=dtype.value, device=device, threads=threads, command=tuple(sys.argv),
     )  # fmt: skip
     if plan:
