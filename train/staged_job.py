@@ -98,7 +98,7 @@ def chosen_architecture(
 def said(made: Architecture, out: Path) -> str:
     """One line about a choice."""
     kept = json.loads((out / "architecture.json").read_text())
-    sizes = f"{made.num_layers} layers of width {made.hidden_size}"
+    sizes = f"{made.num_layers} layer{'' if made.num_layers == 1 else 's'} of width {made.hidden_size}"
     seconds = [
         row["seconds"] for row in kept["measured"] if all(row[key] == value for key, value in vars(made).items())
     ]

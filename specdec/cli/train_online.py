@@ -164,7 +164,7 @@ def _table(finished: dict[str, Any]) -> Table:
     static = [topic for topic in finished["topics"] if topic["static"] is not None]
     columns += ["static first", "static last"] if static else []
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for topic in finished["topics"]:
         ours, theirs = topic["learning"], topic["static"]
         cells = [f"{ours[third]['tau']:.2f}" for third in THIRDS] + [f"{ours[third]['alpha']:.2f}" for third in THIRDS]
