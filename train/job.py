@@ -125,7 +125,8 @@ def run_job(
         raise BadRecipe("who writes a draft model's text is said by head.text; leave data.written_from out")
     data = open_prepared(job.data)
     check_tokenizer(data.manifest, model)
-    reporter, reference, more = Reporter(job, accelerator, hear), None, {}
+    reporter, reference = Reporter(job, accelerator, hear), None
+    more: dict[str, Any] = {}
     if recipe.kind == DRAFT_MODEL and DraftSettings.of(recipe).distils_reference:
         reporter = StageReporter(job, "draft", REFERENCE_FIRST, accelerator, hear)
         reference = StageReporter(replace(job, out=job.out / REFERENCE), REFERENCE, REFERENCE_FIRST, accelerator, hear)
@@ -145,8 +146,10 @@ def run_job(
         accelerator=accelerator,
         **more,
     )
-    in_reference = reference is not None and loop.checkpoints.folder == reference.job.out
-    (reference if in_reference and reference is not None else reporter).finish(loop, stopped=in_reference)
+    if reference is not None and loop.checkpoints.folder == reference.job.out:
+        reference.finish(loop, stopped=True)
+    else:
+        reporter.finish(loop)
 
 
 def trainer_of(kind: str) -> Callable[..., Loop]:

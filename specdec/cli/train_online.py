@@ -158,7 +158,7 @@ def _conclude(finished: dict[str, Any], job: OnlineJob, as_json: bool) -> None:
 
 def _table(finished: dict[str, Any]) -> Table:
     """tau and alpha in the first and the last third of each topic's requests, and tau of the drafter as it was."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("topic", overflow="fold")
     columns = ["requests", "tau first", "tau last", "alpha first", "alpha last"]
     static = [topic for topic in finished["topics"] if topic["static"] is not None]
