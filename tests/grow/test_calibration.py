@@ -169,10 +169,10 @@ def test_learning_makes_the_tree_deep_where_the_draft_is_right() -> None:
         shared_target(), **prompt(3), drafter=drafter, max_new_tokens=240, do_sample=True, temperature=1.5,
         return_dict_in_generate=True,
     )  # fmt: skip
-    early = [step.accepted for step in output.stats.steps[:30]]
-    late = [step.accepted for step in output.stats.steps[-30:]]
+    early = [step.accepted for step in output.stats.steps[:6]]
+    late = [step.accepted for step in output.stats.steps[-8:-2]]  # the end has less room
     assert sum(late) > sum(early)
-    assert sum(late) > 5 * 30
+    assert sum(late) > 5 * 6
 
 
 def test_a_saved_table_comes_back(tmp_path: Path) -> None:
