@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 
 from specdec.additive_mask import AdditiveMask
@@ -87,12 +88,7 @@ class Context:
         self.target = cast(Target, target)  # a head lacks only what it is never asked for
         self._blocked = isinstance(target, Target) and target.attention == FLEX
         self.cache = KVCache(target.num_layers, capacity, whole_buffers=self._blocked)
-        self._masks: dict[str, AdditiveMask | BlockedMask] = {
-            kind: BlockedMask(reach_of(kind, target), target.device)
-            if self._blocked
-            else AdditiveMask(reach_of(kind, target), target.dtype, target.device)
-            for kind in target.kinds
-        }
+        self._masks: dict[str, AdditiveMask | BlockedMask] = {}
         self.starts: list[int] = []
         self.lengths: list[int] = []
         self.position_limit: list[int] | None = None
@@ -230,8 +226,16 @@ class Context:
             return None
         handed_out = self.cache.columns_for(self.base + self.tree_width)
         visibility = Visibility(self.starts, self.lengths, self._tree_depths, depths, sees, handed_out)
-        masks = {kind: mask.of(visibility) for kind, mask in self._masks.items()}
+        if not self._masks:
+            self._masks = {kind: self._mask_of(kind) for kind in self.target.kinds}
+        masks: dict[str, Tensor | BlockMask | None] = {kind: mask.of(visibility) for kind, mask in self._masks.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _mask_of(self, kind: str) -> AdditiveMask | BlockedMask:
+        reach = reach_of(kind, self.target)
+        if self._blocked:
+            return BlockedMask(reach, self.target.device)
+        return AdditiveMask(reach, self.target.dtype, self.target.device)
 
     @property
     def _is_rectangular(self) -> bool:
