@@ -1,6 +1,7 @@
 """What a step's mask costs after a short and a long past: built anew, written where something changed, block-sparse.
 
     python scripts/mask_cost.py
+    python scripts/mask_cost.py --blocks      # blocks of the tree's mask with anything in them, by order of the nodes
     python scripts/mask_cost.py --nodes 16 --batch 8 --device cuda --dtype bfloat16
 
 Every step a row commits a few columns and a tree of the same topology is scored. Nothing else runs: no model.
@@ -33,9 +34,14 @@ MOST_COMMITTED = 5
 WARM_UP = 3
 
 
-def grown_tree(nodes: int) -> Topology:
+BLOCK_SIZES = (16, 32, 64, 128)
+TREE_SIZES = (64, 128, 256, 512, 1024)
+TREES = 3
+
+
+def grown_tree(nodes: int, seed: int = 0) -> Topology:
     """A tree whose early nodes have more children, as a best-first policy leaves them."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     return topology((NO_NODE, *(min(rng.randrange(n), rng.randrange(n)) for n in range(1, nodes))))
 
 
@@ -74,6 +80,32 @@ def measured(past: int, reach: Reach, args: argparse.Namespace) -> list[float]:
     ]
 
 
+def non_empty_blocks(shape: Topology, order: tuple[int, ...], size: int) -> int:
+    """Blocks of `size` nodes, laid out in this order, in which any query sees any column."""
+    seen = shape.in_order(order).ancestors
+    rows = [block.any(0) for block in seen.split(size)]
+    return sum(int(columns.any()) for row in rows for columns in row.split(size))
+
+
+def blocks_by_order() -> tuple[list[str], list[list[str]]]:
+    """Median over a few grown trees, breadth first and depth first into the heavy path."""
+    lines = []
+    for nodes in TREE_SIZES:
+        line = [str(nodes)]
+        for size in BLOCK_SIZES:
+            medians = []
+            for depth_first in (False, True):
+                counts = []
+                for seed in range(TREES):
+                    shape = grown_tree(nodes, seed)
+                    by_level = tuple(sorted(range(nodes), key=lambda n: (shape.depths[n], n)))
+                    counts.append(non_empty_blocks(shape, shape.heavy_first if depth_first else by_level, size))
+                medians.append(f"{statistics.median(counts):.0f}")
+            line.append(" -> ".join(medians))
+        lines.append(line)
+    return ["nodes", *(f"blocks of {size}" for size in BLOCK_SIZES)], lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=64)
@@ -82,9 +114,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--blocks", action="store_true", help="count blocks instead of timing masks")
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.blocks:
+        title = f"non-empty blocks, breadth first -> heavy path first, median of {TREES} trees"
+        tell(title, *blocks_by_order(), args.markdown)
+        return
     header = ["attention", "past", "built anew us", "where it changed us", "block mask us"]
     lines = []
     for name, reach in REACHES.items():
@@ -95,13 +132,18 @@ def main() -> None:
         f"one layer kind's mask, {args.nodes} nodes, batch {args.batch}, {args.dtype}, {hardware}, "
         f"{args.threads} threads, torch {torch.__version__}"
     )
+    tell(title, header, lines, args.markdown)
+
+
+def tell(title: str, header: list[str], lines: list[list[str]], markdown: Path | None) -> None:
+    """Print a table, and append it to a file where one is named."""
     table = Table(*header, title=title)
     for line in lines:
         table.add_row(*line)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    if args.markdown:
+    if markdown:
         rendered = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
-        with args.markdown.open("a") as file:
+        with markdown.open("a") as file:
             file.write(f"\n`python {' '.join(sys.argv)}`\n\n{title}\n\n" + "\n".join(rendered) + "\n")
 
 
