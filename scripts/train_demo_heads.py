@@ -19,6 +19,7 @@ import json
 import platform
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ from train_demo import Corpus
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import specdec
-from specdec import demo
+from specdec import demo, formats
+from specdec.drafters.directory import read_drafter_json, write_drafter_json
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.formats.checkpoint import HeadCheckpoint
 from specdec.probe import target_of
 from specdec.target import BEFORE_NORM
 from specdec.train.batch import Documents
@@ -81,6 +84,8 @@ SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
 validation decodes with. The published rates were chosen for states of 4096 numbers and more; with 256, steps may be
 several times longer."""
 
+
+SHIPPED_HYDRA_HEADS = 3
 
 TAPS = (2, 4, 5, BEFORE_NORM)
 """What all kinds together read of the target: EAGLE-3's, DFlash's and Kangaroo's layers, and the last state."""
@@ -278,17 +283,31 @@ def _listed(values: list[float]) -> str:
 
 
 def export(work: Path, kinds: list[str], to: Path) -> None:
-    """Copy the best checkpoint of each kind to `to`/KIND, with where it came from beside it."""
+    """Write the best checkpoint of each kind in bf16 to `to`/KIND, with where it came from beside it."""
     for kind in kinds:
         out = work / kind.replace("+", "p")
-        source = best(out)
         result = json.loads((out / "result.json").read_text())
-        state = read_state((out / "best").resolve())
         destination = to / kind.replace("+", "p")
         shutil.rmtree(destination, ignore_errors=True)
-        shutil.copytree(source, destination)
-        note = {"step": state["step"], **{key: result[key] for key in ("before", "after", "parameters", "settings")}}
+        destination.mkdir(parents=True)
+        formats.write(small(formats.read(best(out))), destination)
+        options = read_drafter_json(best(out)).options
+        write_drafter_json(destination, replace(read_drafter_json(destination), options=options))
+        step = read_state((out / "best").resolve())["step"]
+        note = {"step": step, **{key: result[key] for key in ("before", "after", "parameters", "settings")}}
         (destination / "training.json").write_text(json.dumps(note, indent=2) + "\n")
+
+
+def small(checkpoint: HeadCheckpoint) -> HeadCheckpoint:
+    """What ships of a head: bf16, and of Hydra's heads, each with an output matrix of its own, the first three.
+
+    A Hydra head reads the tokens before it, never another head, so those that stay guess as before.
+    """
+    config, tensors = checkpoint.config, checkpoint.tensors
+    if checkpoint.kind == "hydra":
+        config = replace(config, num_heads=SHIPPED_HYDRA_HEADS)
+        tensors = {name: value for name, value in tensors.items() if int(name.split(".")[1]) < SHIPPED_HYDRA_HEADS}
+    return replace(checkpoint, config=config, tensors={name: value.bfloat16() for name, value in tensors.items()})
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import specdec
 from specdec.additive_mask import AdditiveMask
 from specdec.context import Context
-from specdec.demo import draft_path, prompts, target_path
+from specdec.demo import HEADS, draft_path, prompts, target_path
 from specdec.drafter import Drafter
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.grow.named import POLICIES
@@ -280,5 +280,5 @@ def test_the_demo_pair_writes_the_target_s_own_text(attention: str) -> None:
 def _demo_drafters() -> list[str | None]:
     drafters = [spec for spec in DRAFTERS.values() if not isinstance(spec, dict)]
     if (draft_path() / "model.safetensors").is_file():
-        drafters += ["demo-draft:depth=4", "demo-draft:depth=4,budget=10"]
+        drafters += ["demo-draft:depth=4", "demo-draft:depth=4,budget=10", *HEADS]
     return drafters
