@@ -12,8 +12,10 @@ import torch
 
 from specdec.api import generate
 from specdec.drafters.load import load_drafter
+from specdec.errors import BadRecipe
 from specdec.probe import target_of
 from specdec.stats import DecodeStats
+from specdec.target import BEFORE_NORM
 from specdec.train.batch import TrainBatch
 from specdec.train.evaluate import Evaluator
 from specdec.train.features import TargetFeatures
@@ -172,3 +174,11 @@ def test_heads_that_share_the_targets_output_matrix_share_its_scale_and_cap(fami
         assert (got - output.logits[0]).abs().max() < 1e-3
     raw = shared.lm_head(hidden)
     assert ((raw - output.logits[0]).abs().max() > 0.1) == (family != "llama")  # the bare matrix would be noticed
+
+
+def test_eagle3_fuses_the_taps_that_it_is_told_and_refuses_others() -> None:
+    layers = target().num_layers
+    assert Eagle3Training(target(), taps=[0, 1, layers]).taps == (0, 1, BEFORE_NORM)
+    for wrong in ([0, 1], [0, 1, layers + 1], [0, 1, True]):
+        with pytest.raises(BadRecipe, match=f"3 of the target's hidden states 0 to {layers}"):
+            Eagle3Training(target(), taps=wrong)

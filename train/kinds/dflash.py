@@ -25,7 +25,7 @@ from specdec.errors import BadRecipe
 from specdec.heads.dflash import DFlashConfig, DFlashHead, InjectedFeatures, anchored_masks, block_ids
 from specdec.target import Target
 from specdec.train.batch import TrainBatch
-from specdec.train.kinds.head import HeadTraining
+from specdec.train.kinds.head import HeadTraining, checked_taps
 from specdec.train.objective import Objective, Term, confidence_weights
 
 Weights = Literal["decay", "d-pace", "equal"]
@@ -219,19 +219,6 @@ def published_decay(block_size: int) -> float:
     """
     gamma = block_size / 2 if block_size <= 10 else 5 + (block_size - 10) / 3
     return math.exp(-1 / gamma)
-
-
-def checked_taps(target: Target, taps: list[int]) -> tuple[int, ...]:
-    """The taps, when the target has them.
-
-    Raises:
-        BadRecipe: none, or one that is no hidden state of the target.
-    """
-    if not taps or not all(type(tap) is int and 0 <= tap <= target.num_layers for tap in taps):
-        raise BadRecipe(
-            f"[head] taps are one or more of the target's hidden states 0 to {target.num_layers}, got {taps}"
-        )
-    return tuple(taps)
 
 
 def mask_for(target: Target, chosen: int | None) -> int:

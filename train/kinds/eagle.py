@@ -22,7 +22,7 @@ from specdec.heads.eagle3 import Eagle3Config, Eagle3Head, standard_taps
 from specdec.heads.layer import LayerConfig
 from specdec.target import BEFORE_NORM, Target
 from specdec.train.batch import TrainBatch
-from specdec.train.kinds.head import HeadTraining
+from specdec.train.kinds.head import HeadTraining, checked_taps
 from specdec.train.mask import additive, document_mask
 from specdec.train.objective import Objective, Term
 
@@ -115,8 +115,13 @@ class Eagle3Training(HeadTraining):
         draft_vocab_size: tokens that the head can guess; None for all. See `choose_vocabulary`.
         own_lm_head: an output matrix of the head's own; False uses the target's, for small packages.
         num_layers: of the head.
+        taps: three hidden states of the target, by `hidden_states` index, the number of layers for the last one before
+            the final norm; None for the published ones, which leave out more of a target the fewer layers it has.
         head: continue from this one instead of a fresh one.
         options: of the drafter that validation decodes with.
+
+    Raises:
+        BadRecipe: taps that the target does not have.
     """
 
     kind = "eagle3"
@@ -129,19 +134,22 @@ class Eagle3Training(HeadTraining):
         draft_vocab_size: int | None = None,
         own_lm_head: bool = True,
         num_layers: int = 1,
+        taps: list[int] | None = None,
         head: Eagle3Head | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
         fresh = head is None
         if head is None:
+            fused = standard_taps(target.num_layers) if taps is None else checked_taps(target, taps, 3)
             head = Eagle3Head(
                 Eagle3Config(
                     LayerConfig.of(target.config), target.vocab_size, draft_vocab_size or target.vocab_size, num_layers,
-                    taps=standard_taps(target.num_layers), own_lm_head=own_lm_head,
+                    taps=fused, own_lm_head=own_lm_head,
                 )
             )  # fmt: skip
-        taps = head.config.taps or standard_taps(target.num_layers)
-        super().__init__(target, head, tuple(BEFORE_NORM if tap == target.num_layers else tap for tap in taps), options)
+        states = head.config.taps or standard_taps(target.num_layers)
+        read = tuple(BEFORE_NORM if tap == target.num_layers else tap for tap in states)
+        super().__init__(target, head, read, options)
         self.steps = steps
         if fresh:
             self._begin()

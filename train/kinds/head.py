@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from specdec.drafter import Drafter
 from specdec.drafters.directory import fingerprint, read_drafter_json, write_drafter_json
 from specdec.drafters.load import HEAD_DRAFTERS
+from specdec.errors import BadRecipe
 from specdec.formats import write
 from specdec.formats.checkpoint import HeadCheckpoint
 from specdec.target import Target
@@ -73,3 +74,24 @@ class HeadTraining:
         write(self.checkpoint(), path)
         options = {key: str(value) for key, value in self.options.items()}
         write_drafter_json(path, replace(read_drafter_json(path), options=options))
+
+
+def checked_taps(target: Target, taps: list[int], count: int | None = None) -> tuple[int, ...]:
+    """The taps, when the target has them.
+
+    Args:
+        target: probed.
+        taps: by `hidden_states` index.
+        count: how many it has to be; None for one or more.
+
+    Raises:
+        BadRecipe: another number, or one that is no hidden state of the target.
+    """
+    if (
+        not taps
+        or count not in (None, len(taps))
+        or not all(type(t) is int and 0 <= t <= target.num_layers for t in taps)
+    ):
+        many = "one or more" if count is None else str(count)
+        raise BadRecipe(f"[head] taps are {many} of the target's hidden states 0 to {target.num_layers}, got {taps}")
+    return tuple(taps)
