@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-HEADS = {f"demo-{kind}": FOLDER / "heads" / kind for kind in ("medusa", "hydra", "eagle3", "kangaroo")}
+HEADS = {f"demo-{kind}": FOLDER / "heads" / kind for kind in ("medusa", "hydra", "eagle", "eagle3", "kangaroo")}
 """Names of the draft heads that ship, and their directories."""
 
 

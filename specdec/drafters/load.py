@@ -5,7 +5,7 @@ suffix:budget=12,branches=2       suffix automaton
 recycling:budget=15               token recycling
 early-exit:layer=2,depth=3        the target's own first layers
 demo-draft:depth=4,budget=12      the draft model that ships with specdec
-demo-eagle3:depth=4,budget=12     a draft head that ships: demo-medusa, demo-hydra, demo-eagle3, demo-kangaroo
+demo-eagle3:depth=4,budget=12     a draft head that ships: demo-medusa, -hydra, -eagle, -eagle3, -kangaroo
 path/to/model:depth=4,budget=12   a draft model
 path/to/drafter                   a directory with drafter.json
 path/to/run                       the best drafter of a training run, which is in path/to/run/drafter
