@@ -192,7 +192,7 @@ def block(tree: TokenTree, law: Law, chooser: Chooser) -> Decided:
     w = torch.stack(weights, 1)  # [B, width + 1]
     residual = (w[:, :, None] * p - q).clamp(min=0.0)
     mass = residual.sum(-1)
-    passes = torch.where(mass > NO_MASS, mass / (mass + 1 - w), torch.zeros_like(mass))
+    passes = torch.where(mass > NO_MASS, mass / (mass + (1 - w)), torch.zeros_like(mass))
     position = torch.arange(width + 1, device=p.device)
     at_end = position == num_drafted[:, None]
     passes = torch.where(at_end, w, passes).masked_fill(position > num_drafted[:, None], 0.0)
@@ -313,7 +313,7 @@ def all_failing(tree: TokenTree, law: Law, *, inherits: bool) -> Failures:
             residual.div_(mass.clamp(min=NO_MASS)[:, None])
             if inherits and depth:  # the root's weight, and that of all that begin anew, is and stays 1
                 p[active] = residual  # without mass the weight is 0, and nobody asks for p
-                weight.copy_((mass / (mass + 1 - weight)).masked_fill_(~has_mass, 0.0))
+                weight.copy_((mass / (mass + (1 - weight))).masked_fill_(~has_mass, 0.0))
             else:
                 p[active] = torch.where(has_mass[:, None], residual, p[active])
             log_q[active] = _without(log_q[active], tokens[these])

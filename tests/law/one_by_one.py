@@ -39,7 +39,7 @@ def _first_passing(
         residual = (w * p - q).clamp(min=0.0)
         mass = residual.sum()
         if mass > NO_MASS:
-            p, w = residual / mass, (mass / (mass + 1 - w) if weight is not None else w)
+            p, w = residual / mass, (mass / (mass + (1 - w)) if weight is not None else w)
         elif weight is not None:
             w = torch.zeros_like(w)
         log_q = log_q.index_fill(0, torch.tensor([token]), -torch.inf)

@@ -12,7 +12,7 @@ from specdec.acceptance import Decided
 from specdec.grow.drawn import DrawnGrowth
 from specdec.law import Law, TreeLaw
 from specdec.sampling import Chooser
-from specdec.tree import TokenTree
+from specdec.tree import NO_NODE, TokenTree, topology
 from tests.law import one_by_one
 from tests.law.enumeration import law_of, total_variation
 from tests.law.policies import grow_rows
@@ -63,3 +63,36 @@ def test_the_comparison_sees_a_rule_that_is_another_one() -> None:
     tree = grow_rows(DrawnGrowth(4, 3, 2), tables, CONTEXTS, Chooser(torch.Generator().manual_seed(0))).tree
     one, other = decisions(acceptance.traversal, tree, tables), decisions(one_by_one.recursive_rejection, tree, tables)
     assert total_variation(one, other) > 0.01
+
+
+class Float32Law:
+    """The same law in float32 at every node."""
+
+    def __init__(self, p: list[float]) -> None:
+        self._p = torch.tensor(p)
+
+    def p(self, row: int, node: int) -> torch.Tensor:
+        return self._p
+
+    def p_at(self, places: list[tuple[int, int]]) -> torch.Tensor:
+        return self._p.repeat(len(places), 1)
+
+
+@pytest.mark.parametrize("rule", [acceptance.traversal, one_by_one.traversal, acceptance.block])
+def test_a_residual_that_is_rounding_leaves_weights_that_are_chances(rule: Decide) -> None:
+    """A draft that is its target to rounding: p - q has a mass that 1 + mass does not show in float32.
+
+    Then mass / (mass + 1 - w) with w = 1 was a division by zero: a decision that no node stood for.
+    """
+    q = [0.5, 0.5 - 2**-25, 2**-25]
+    shape = topology((NO_NODE, 0, 1))
+    tree = TokenTree(torch.tensor([[0, 0, 2]]), (shape,), torch.tensor(q).log().expand(1, 3, 3).clone())
+
+    class Asked(Chooser):
+        def accept(self, probability: torch.Tensor) -> torch.Tensor:
+            assert bool(((probability >= 0) & (probability <= 1)).all()), probability
+            return super().accept(probability)
+
+    for seed in range(20):
+        decided = rule(tree, Float32Law([0.5, 0.5, 0.0]), Asked(torch.Generator().manual_seed(seed)))
+        assert decided.paths == [[1]]  # the first token is accepted for sure, the second one never
