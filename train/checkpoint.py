@@ -15,9 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from specdec.errors import BadCheckpoint
 
-STATE = "state.json"
+STATE, WEIGHTS = "state.json", "training.safetensors"
 _NAME = re.compile(r"step-(\d+)$")
 _UNFINISHED = ".unfinished-"
 
@@ -76,6 +79,17 @@ class Checkpoints:
         """What `best` points to."""
         link = self.folder / "best"
         return link.resolve() if link.exists() else None
+
+    def weights(self) -> dict[str, Tensor]:
+        """The fp32 weights that a finished run hands on: of the best checkpoint where it validated, else its last.
+
+        Raises:
+            BadCheckpoint: there is none.
+        """
+        checkpoint = self.best() or self.latest()
+        if checkpoint is None:
+            raise BadCheckpoint(f"{self.folder} holds no checkpoint to go on from")
+        return load_file(checkpoint / WEIGHTS)
 
     def all(self) -> list[Path]:
         """Every whole checkpoint."""

@@ -12,15 +12,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from specdec.errors import BadCheckpoint, BadRecipe
 from specdec.train.architecture import Architecture, Costs, candidates, choose, fresh_draft, measured_costs
 from specdec.train.batch import Documents
-from specdec.train.checkpoint import Checkpoints, write_whole
+from specdec.train.checkpoint import write_whole
 from specdec.train.distill import Report, Scratch, train_draft_model
 from specdec.train.loop import Loop
 from specdec.train.recipe import Recipe
@@ -90,7 +88,7 @@ def fast_draft(
     loop: Loop | None = None
     for stage in stages:
         if loop is not None:
-            draft.load_state_dict(_last_weights(loop), strict=False)  # tied names are stored once
+            draft.load_state_dict(loop.checkpoints.weights(), strict=False)  # tied names are stored once
         loop = train_draft_model(
             replace(stage.recipe, head={**stage.recipe.head, "draft": ""}), model, stage.documents, out / stage.name,
             draft=draft, prompts=prompts, data_identity=stage.data_identity or None, report=report(stage.name),
@@ -152,15 +150,6 @@ def _write_choice(file: Path, architecture: Architecture, share: float, costs: C
         "measured": table,
     }
     write_whole(file, json.dumps(content, indent=2) + "\n")
-
-
-def _last_weights(loop: Loop) -> dict[str, torch.Tensor]:
-    """The fp32 weights that a finished stage hands on."""
-    checkpoints: Checkpoints = loop.checkpoints
-    checkpoint = checkpoints.best() or checkpoints.latest()
-    if checkpoint is None:
-        raise BadCheckpoint(f"{checkpoints.folder} holds no checkpoint to go on from")
-    return load_file(checkpoint / "training.safetensors")
 
 
 def _check_stages(stages: Sequence[Stage]) -> None:

@@ -5,6 +5,7 @@ OUT/run.json       command, versions, commit and hardware of every start
 OUT/log.jsonl      every step and validation
 OUT/step-000123/   checkpoints; `latest` and `best` lead to two of them
 OUT/drafter        leads to the best drafter
+OUT/target         the target that it belongs to, where both were trained together
 OUT/data           data that was prepared on the way
 """
 
@@ -26,13 +27,24 @@ from specdec.probe import target_of
 from specdec.train.batch import Documents
 from specdec.train.checkpoint import read_state
 from specdec.train.distill import REFERENCE, DraftSettings, starting_draft, train_draft_model
+from specdec.train.drift import AGREEMENT, KL
 from specdec.train.feature_cache import CachedData
+from specdec.train.joint import (
+    HEADS,
+    JOINT,
+    TARGET,
+    JointSettings,
+    beginning_with,
+    head_recipe,
+    joint_training,
+    train_medusa2,
+)
 from specdec.train.kinds.draft_model import DraftModelTraining
 from specdec.train.loop import Loop, Score, StepReport
-from specdec.train.plan import checkpoint_bytes
+from specdec.train.plan import checkpoint_bytes, target_bytes
 from specdec.train.prepare import held_out_prompts, open_prepared
 from specdec.train.prepared import PreparedData, check_tokenizer
-from specdec.train.recipe import DRAFT_MODEL, Recipe
+from specdec.train.recipe import DRAFT_MODEL, MEDUSA_2, Recipe
 from specdec.train.run import make_training, train_head
 from specdec.train.run_log import RunLog
 from specdec.train.run_starts import RUN, add_start, circumstances
@@ -44,9 +56,6 @@ STEP, VALIDATION, FINISHED, NOTE, STAGE = "step", "validation", "finished", "not
 """Events that a run reports, as JSON objects: {"event": "step", "step": 1, "loss": ...}."""
 
 Hear = Callable[[dict[str, Any]], None]
-
-REFERENCE_FIRST = (REFERENCE, "draft")
-"""What a run is in turn when AdaSPEC's reference is distilled first."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +134,13 @@ def run_job(
         raise BadRecipe("who writes a draft model's text is said by head.text; leave data.written_from out")
     data = open_prepared(job.data)
     check_tokenizer(data.manifest, model)
-    reporter, reference = Reporter(job, accelerator, hear), None
+    names = stages_of(recipe, job.begin_from)
+    reporter, first = Reporter(job, accelerator, hear), None
     more: dict[str, Any] = {}
-    if recipe.kind == DRAFT_MODEL and DraftSettings.of(recipe).distils_reference:
-        reporter = StageReporter(job, "draft", REFERENCE_FIRST, accelerator, hear)
-        reference = StageReporter(replace(job, out=job.out / REFERENCE), REFERENCE, REFERENCE_FIRST, accelerator, hear)
-        more = {"report_reference": reference, "restored_reference": reference.begin}
+    if names is not None:
+        reporter = StageReporter(job, names[1], names, accelerator, hear)
+        first = StageReporter(replace(job, out=job.out / names[0]), names[0], names, accelerator, hear)
+        more = {f"report_{names[0]}": first, f"restored_{names[0]}": first.begin}
     loop = trainer_of(recipe.kind)(
         recipe,
         model,
@@ -146,15 +156,24 @@ def run_job(
         accelerator=accelerator,
         **more,
     )
-    if reference is not None and loop.checkpoints.folder == reference.job.out:
-        reference.finish(loop, stopped=True)
+    if first is not None and loop.checkpoints.folder == first.job.out:
+        first.finish(loop, stopped=True)
     else:
         reporter.finish(loop)
 
 
+def stages_of(recipe: Recipe, begin_from: Path | None) -> tuple[str, str] | None:
+    """What a run is in turn when something is trained first, in a folder of that name; None where nothing is."""
+    if recipe.kind == DRAFT_MODEL and DraftSettings.of(recipe).distils_reference:
+        return REFERENCE, "draft"
+    if recipe.kind == MEDUSA_2 and JointSettings.of(beginning_with(recipe, begin_from)).frozen_steps:
+        return HEADS, JOINT
+    return None
+
+
 def trainer_of(kind: str) -> Callable[..., Loop]:
-    """What trains a kind; both take the same arguments."""
-    return train_draft_model if kind == DRAFT_MODEL else train_head
+    """What trains a kind; all take the same arguments, and reports of what `stages_of` names first."""
+    return {DRAFT_MODEL: train_draft_model, MEDUSA_2: train_medusa2}.get(kind, train_head)
 
 
 def training_of(job: Job, recipe: Recipe, model: PreTrainedModel, documents: Documents, folder: Path) -> Any:
@@ -164,6 +183,8 @@ def training_of(job: Job, recipe: Recipe, model: PreTrainedModel, documents: Doc
         SpecdecError: settings or files that do not fit; says which.
     """
     target = target_of(model)
+    if recipe.kind == MEDUSA_2:
+        return joint_training(recipe, target, job.begin_from)
     if recipe.kind != DRAFT_MODEL:
         return make_training(recipe, target, job.begin_from)
     settings = DraftSettings.of(recipe)
@@ -179,7 +200,7 @@ def documents_of(job: Job, data: PreparedData, model: PreTrainedModel, recipe: R
     if recipe.kind == DRAFT_MODEL:
         raise BadRecipe("a draft model reads no hidden states of the target; leave --features out")
     target = target_of(model)
-    training = make_training(recipe, target, job.begin_from)
+    training = make_training(head_recipe(recipe), target, job.begin_from)
     return CachedData(
         data,
         job.features,
@@ -217,6 +238,9 @@ class Reporter:
         hear: gets every event.
     """
 
+    tracked = True
+    """Whether trackers hear of it."""
+
     def __init__(self, job: Job, accelerator: Accelerator, hear: Hear) -> None:
         self.job, self.accelerator, self.hear = job, accelerator, hear
         self.log = RunLog(job.out / "log.jsonl")
@@ -229,7 +253,8 @@ class Reporter:
             return
         check_room(loop)
         record_start(self.job, loop)
-        begin_tracking(self.accelerator, loop.identity | {"recipe": self.job.recipe.resolved()}, self.job.out)
+        if self.tracked:
+            begin_tracking(self.accelerator, loop.identity | {"recipe": self.job.recipe.resolved()}, self.job.out)
         if loop.step:
             self.note(f"going on after step {loop.step} of {loop.settings.steps}")
 
@@ -244,7 +269,8 @@ class Reporter:
             self.step = report.step
         event = event_of(report, self.step)
         self.log.write(event)
-        track(self.accelerator, event)
+        if self.tracked:
+            track(self.accelerator, event)
         self.hear(event)
 
     def finish(self, loop: Loop, *, stopped: bool = False) -> None:
@@ -252,12 +278,14 @@ class Reporter:
         if not self.accelerator.is_main_process:
             return
         end_tracking(self.accelerator)
-        event = finished_event(loop)
+        event = finished_event(loop, self.job)
         self.hear({**event, "stopped": event["stopped"] or stopped})
 
 
 class StageReporter(Reporter):
     """Reports one of several runs of a command as a run of its own, and says whose events they are.
+
+    Trackers hear of the last alone: they count steps once.
 
     Args:
         job: of this one.
@@ -269,6 +297,7 @@ class StageReporter(Reporter):
     def __init__(self, job: Job, name: str, names: Sequence[str], accelerator: Accelerator, hear: Hear) -> None:
         super().__init__(job, accelerator, lambda event: hear({**event, "stage": name}))
         self.name, self.names = name, names
+        self.tracked = name == names[-1]
 
     def begin(self, loop: Loop) -> None:
         """As of a run; one that is over is passed over silently."""
@@ -295,12 +324,12 @@ def event_of(report: StepReport | Score, step: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def finished_event(loop: Loop) -> dict[str, Any]:
-    """Where the run stands and which drafter is the one to use."""
+def finished_event(loop: Loop, job: Job) -> dict[str, Any]:
+    """Where the run stands, and which drafter is the one to use, for which target; None where that is to come."""
     checkpoints = loop.checkpoints
     drafter = checkpoints.offer()
     state = read_state(drafter.resolve().parent) if drafter else {}
-    score = state.get("score") or {}
+    details = (state.get("score") or {}).get("details", {})
     return {
         "event": FINISHED,
         "step": loop.step,
@@ -308,9 +337,16 @@ def finished_event(loop: Loop) -> dict[str, Any]:
         "stopped": loop.step < loop.settings.steps,
         "drafter": str(drafter) if drafter else None,
         "drafter_step": state.get("step"),
+        "target": target_of_pair(loop, job.out) if loop.trainable.kind == MEDUSA_2 else job.target,
         "measured": checkpoints.best() is not None,
-        **{name: score.get("details", {}).get(name) for name in ("tau", "alpha", "expected_speedup")},
+        **{name: details.get(name) for name in ("tau", "alpha", "expected_speedup")},
+        **{name: details[name] for name in (KL, AGREEMENT) if name in details},
     }
+
+
+def target_of_pair(loop: Loop, out: Path) -> str | None:
+    """The target that was trained with the drafter; None where it will only be written when the run ends."""
+    return None if loop.step < loop.settings.steps else str(out / TARGET)
 
 
 def record_start(job: Job, loop: Loop) -> None:
@@ -331,8 +367,11 @@ def check_room(loop: Loop) -> None:
     """
     folder: Path = loop.checkpoints.folder
     needed, free = checkpoint_bytes(loop.trainable), shutil.disk_usage(folder).free
+    what = "one checkpoint"
+    if loop.trainable.kind == MEDUSA_2 and not (folder / TARGET).exists():
+        needed, what = needed + target_bytes(loop.trainable), "one checkpoint with the adapted target"
     if free < needed:
         raise OSError(
-            f"{folder} has {free / 1e6:.0f} MB free, one checkpoint takes {needed / 1e6:.0f} MB and "
-            f"{loop.checkpoints.keep + 2} may lie there at the same time; make room or choose another --out"
+            f"{folder} has {free / 1e6:.0f} MB free, {what} takes {needed / 1e6:.0f} MB and "
+            f"{loop.checkpoints.keep + 2} checkpoints may lie there at the same time; make room or choose another --out"
         )

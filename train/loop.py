@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from specdec.errors import BadCheckpoint, BadRecipe
 from specdec.train.batch import PADDING, TrainBatch
-from specdec.train.checkpoint import Checkpoints, check_identity, read_state, unwritten
+from specdec.train.checkpoint import WEIGHTS, Checkpoints, check_identity, read_state, unwritten
 from specdec.train.loop_settings import FREE_SETTINGS, LoopSettings
 from specdec.train.objective import Objective, Term
 from specdec.train.order import derived_seed
@@ -110,6 +110,7 @@ class Loop:
         settings: how long and how fast.
         folder: of checkpoints.
         identity: what must agree on resume: data, target, objective; compared field by field.
+        rates: multipliers of the learning rate by the first word of a parameter's name; 1 where none is given.
         evaluate: decodes held-out prompts for real; None skips validation.
         report: called with every StepReport and Score on the main process.
         accelerator: None makes one for this process.
@@ -125,6 +126,7 @@ class Loop:
         folder: Path,
         *,
         identity: dict[str, Any] | None = None,
+        rates: Mapping[str, float] | None = None,
         evaluate: Callable[[Trainable], Score] | None = None,
         report: Callable[[StepReport | Score], None] = lambda _report: None,
         accelerator: Accelerator | None = None,
@@ -158,7 +160,7 @@ class Loop:
             self.model = self.accelerator.prepare(self.model)
         else:
             self._shards.spread(self.model)
-        groups = parameter_groups(self._learning.module, settings.weight_decay)
+        groups = parameter_groups(self._learning.module, settings.weight_decay, rates)
         optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2))
         self.optimizer = self.accelerator.prepare(optimizer)
 
@@ -260,7 +262,7 @@ class Loop:
             raise BadRecipe(f"{self.trainable.kind} learns with weights beside its own module; leave --fsdp out")
         norm = self.accelerator.clip_grad_norm_(parameters, self.settings.clip or math.inf)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate", 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -331,7 +333,7 @@ class Loop:
         """The drafter, ready to be used, in `drafter/`; all that resuming needs beside it."""
         self.trainable.save(folder / "drafter")
         weights = {name: value.detach().contiguous() for name, value in self.trainable.module.state_dict().items()}
-        save_file(_untied(weights), folder / "training.safetensors")
+        save_file(_untied(weights), folder / WEIGHTS)
         torch.save(moments, folder / "optimizer.pt")
 
     def _resume(self) -> None:
@@ -341,7 +343,7 @@ class Loop:
         state = read_state(checkpoint)
         check_identity(state.get("identity", {}), self.identity, checkpoint)
         try:
-            weights = load_file(checkpoint / "training.safetensors")
+            weights = load_file(checkpoint / WEIGHTS)
             moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)
             missing, unexpected = self.trainable.module.load_state_dict(weights, strict=False)
         except Exception as error:
@@ -391,18 +393,31 @@ class _Totals:
         return list(self._sums), torch.cat(list(self._sums.values()))
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, weight_decay: float, rates: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Matrices decay, vectors (norms, biases) do not; frozen parameters are left out.
+
+    Args:
+        module: what learns.
+        weight_decay: of matrices.
+        rates: multipliers of the learning rate by the first word of a parameter's name; 1 where none is given.
 
     Raises:
         BadRecipe: nothing would learn.
     """
-    learning = [p for p in module.parameters() if p.requires_grad]
-    if not learning:
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            key = (rates or {}).get(name.partition(".")[0], 1.0), parameter.ndim <= 1
+            groups.setdefault(key, []).append(parameter)
+    if not groups:
         raise BadRecipe("no parameter of this drafter learns")
-    matrices, vectors = [p for p in learning if p.ndim > 1], [p for p in learning if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    return [
+        {"params": groups[rate, vector], "weight_decay": 0.0 if vector else weight_decay}
+        | ({} if rate == 1 else {"rate": rate})
+        for rate, vector in sorted(groups)
+    ]
 
 
 def _due(step: int, every: int) -> bool:

@@ -68,7 +68,7 @@ def plan_run(recipe: Recipe, training: Trainable, documents: Documents, processe
         tokens_per_step=settings.rows_per_step * data.row_length,
         steps_per_epoch=rows / settings.rows_per_step,
         epochs=settings.steps * settings.rows_per_step / rows,
-        target_bytes=sum(p.numel() * p.element_size() for p in target.model.parameters()),
+        target_bytes=target_bytes(training),
         drafter_bytes=drafter_bytes(training, processes if settings.fsdp else 1),
         activation_bytes=FP32 * LOGITS_ALIVE * positions * target.vocab_size,
         checkpoint_bytes=checkpoint_bytes(training),
@@ -86,6 +86,13 @@ def drafter_bytes(training: Trainable, shards: int) -> int:
     layers = [sum(p.numel() for p in layer.parameters()) for layer in gathered_apart(module)]
     gathered = sum(sizes.values()) - sum(layers) + 2 * max(layers, default=0)  # the next layer comes in ahead
     return FP32 * (kept // shards + gathered)
+
+
+def target_bytes(training: Trainable) -> int:
+    """Bytes of the target's weights, in memory and in a file; what learns inside it counts as the drafter's."""
+    model: Any = cast(Any, training).target.model
+    learning = {id(parameter) for parameter in training.module.parameters()}
+    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in learning)
 
 
 def checkpoint_bytes(trainable: Trainable) -> int:

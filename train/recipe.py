@@ -70,7 +70,7 @@ class DataSettings:
 
 
 SECTIONS = ("loop", "objective", "data", "head")
-DRAFT_MODEL = "draft-model"
+DRAFT_MODEL, MEDUSA_2 = "draft-model", "medusa2"
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,7 @@ DEFAULTS: dict[str, Recipe] = {
     "eagle3": Recipe("eagle3", _loop(5e-4, clip=0.5), Objective(decay=0.8)),
     "kangaroo": Recipe("kangaroo", _loop(1e-3)),
     DRAFT_MODEL: Recipe(DRAFT_MODEL, _loop(3e-4)),
+    MEDUSA_2: Recipe(MEDUSA_2, replace(_loop(5e-4), steps=1000), Objective(decay=0.8)),
 }
 """Learning rates and weights by depth are the published ones where there are any (docs/training.md says which)."""
 

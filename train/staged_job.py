@@ -148,12 +148,12 @@ def run_stages(
         resume=not job.fresh, accelerator=accelerator,
     )  # fmt: skip
     if accelerator.is_main_process:
-        hear(_finished(loop, job.out, reached[-1]))
+        hear(_finished(loop, job, reached[-1]))
 
 
-def _finished(loop: Loop, out: Path, name: str) -> dict[str, Any]:
+def _finished(loop: Loop, job: Job, name: str) -> dict[str, Any]:
     """The end of the stage that was reached; OUT/drafter leads to its drafter, or to that of the stage before."""
-    event = finished_event(loop)
+    event, out = finished_event(loop, job), job.out
     if event["drafter"] is not None:
         fresh = out / ".unfinished-drafter"
         fresh.unlink(missing_ok=True)

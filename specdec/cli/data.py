@@ -30,6 +30,7 @@ from specdec.train.example import example_of
 from specdec.train.feature_cache import FeaturePlan, name_of, plan_features, write_features
 from specdec.train.features import check_packing
 from specdec.train.in_process import InProcessAnswerer
+from specdec.train.joint import head_recipe
 from specdec.train.order import Piece
 from specdec.train.prepare import Prepared, open_prepared
 from specdec.train.prepare import prepare as prepare_data
@@ -321,7 +322,7 @@ def features(
     adapter = target_of(load_model(target, _dtype_of(target, dtype), device))
     needs_logits = True
     if kind is not None:
-        training = make_training(recipe_for(kind), adapter)
+        training = make_training(head_recipe(recipe_for(kind)), adapter)
         wanted, needs_logits = training.taps, training.needs_logits
     if packed:
         check_packing(adapter)

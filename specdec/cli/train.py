@@ -53,12 +53,13 @@ from specdec.errors import BadRecipe, SpecdecError
 from specdec.train.data_of_run import is_prepared, prepared_for
 from specdec.train.distill import SCRATCH, TARGET, DraftSettings
 from specdec.train.job import FINISHED, Job
+from specdec.train.joint import JointSettings
 from specdec.train.online_job import OnlineJob
 from specdec.train.online_recipe import SECTIONS as ONLINE_SECTIONS
 from specdec.train.online_recipe import online_recipe_for
 from specdec.train.processes import check_processes, launch
 from specdec.train.publish import check_push, push_to_hub
-from specdec.train.recipe import DEFAULTS, DRAFT_MODEL, SECTIONS, Recipe, recipe_for
+from specdec.train.recipe import DEFAULTS, DRAFT_MODEL, MEDUSA_2, SECTIONS, Recipe, recipe_for
 from specdec.train.staged_job import CONTINUE, PRETRAIN, STAGES, is_staged, stage_recipe
 from specdec.train.tracking import check_trackers
 
@@ -215,7 +216,7 @@ def train(
     if finished is None:
         note("stopped before the first step; nothing was changed")
         raise typer.Exit(INTERRUPTED)
-    _conclude(finished, target, out_folder, as_json)
+    _conclude(finished, out_folder, as_json)
     if hub and not finished["stopped"]:
         note(f"pushed to {push_to_hub(Path(finished['drafter']), hub)}")
 
@@ -260,6 +261,8 @@ def _recipe(given: Given) -> Recipe:
             )
         if settings.draft == SCRATCH and given.get("report_to"):
             raise BadRecipe("--report-to follows one run, and a draft from scratch is several; leave it out")
+    if kind == MEDUSA_2:
+        JointSettings.of(recipe)
     return recipe
 
 
@@ -329,7 +332,7 @@ def _run(job: Job, processes: int, as_json: bool) -> dict[str, Any] | None:
     return last if last.get("event") == FINISHED else None
 
 
-def _conclude(finished: dict[str, Any], target: str, folder: Path, as_json: bool) -> None:
+def _conclude(finished: dict[str, Any], folder: Path, as_json: bool) -> None:
     """Say where the best drafter lies, what it is worth, and how to use it."""
     if as_json:
         print(json.dumps(finished), flush=True)
@@ -338,10 +341,13 @@ def _conclude(finished: dict[str, Any], target: str, folder: Path, as_json: bool
         note(f"stopped and saved after step {finished['step']} of {finished['steps']}{stage}; the same command goes on")
     if finished["drafter"] is None:
         raise SpecdecError(f"{folder} holds no drafter")
+    if finished["target"] is None:
+        note("the target that the heads belong to is written when the run ends")
     if as_json:
         return
     worth = f"tau {finished['tau']:.2f}" if finished["tau"] is not None else "not measured"
     best = "best" if finished["measured"] else "newest"
     out.print(f"{best} drafter: {finished['drafter']} (step {finished['drafter_step']}, {worth})", soft_wrap=True)
     name = folder if finished["drafter"] == str(folder / "drafter") else finished["drafter"]
-    out.print(f"use it: specdec generate {target} --drafter {name}", soft_wrap=True)
+    if finished["target"] is not None:
+        out.print(f"use it: specdec generate {finished['target']} --drafter {name}", soft_wrap=True)

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from specdec.cli.console import note
+from specdec.train.drift import AGREEMENT, KL
 from specdec.train.job import FINISHED, NOTE, STAGE, STEP, VALIDATION
 
 LINE_SECONDS = 10.0
@@ -45,11 +46,14 @@ def step_text(event: dict[str, Any], tau: float | None) -> str:
 
 
 def validation_text(event: dict[str, Any]) -> str:
-    """Tau, acceptance by depth and expected speed-up on held-out prompts."""
+    """Tau, acceptance by depth and expected speed-up on held-out prompts; of a target that learns, how far it moved."""
     alpha = " ".join(f"{value:.2f}" for value in event.get("alpha") or [])
     speedup = event.get("expected_speedup")
     text = f"step {event['step']}: held-out tau {event['value']:.2f}, alpha {alpha or 'none'}"
-    return text if speedup is None else f"{text}, expected speed-up {speedup:.2f}"
+    text = text if speedup is None else f"{text}, expected speed-up {speedup:.2f}"
+    if KL in event:
+        text += f"; from the original target KL {event[KL]:.4f}, same favourite token {event[AGREEMENT]:.1%}"
+    return text
 
 
 def time_text(seconds: float) -> str:

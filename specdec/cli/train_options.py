@@ -10,7 +10,7 @@ import typer
 from specdec.cli.options import within
 from specdec.errors import BadRecipe
 from specdec.train.on_policy import TEXTS
-from specdec.train.recipe import DRAFT_MODEL, merged, parsed_settings
+from specdec.train.recipe import DRAFT_MODEL, MEDUSA_2, merged, parsed_settings
 
 DRAFT, ONLINE = "Draft models", "Online: learning from a stream of prompts"
 
@@ -212,6 +212,8 @@ def check_use(kind: str, given: Mapping[str, Any], *, online: bool) -> None:
     Raises:
         BadRecipe: names the option.
     """
+    if online and kind == MEDUSA_2:
+        raise BadRecipe("medusa2 changes its target, and --online does not; its heads learn on as the kind medusa")
     if online and (idle := [name for name in NOT_ONLINE if name in given]):
         raise BadRecipe(f"{option_name(idle[0])} does nothing with --online; leave it out")
     if not online and (idle := [name for name in OF_ONLINE if name in given]):

@@ -15,6 +15,11 @@ from specdec.errors import DrafterMismatch, UnknownDrafter
 FORMAT_VERSION = 1
 _OF_HEADS = ("head", "extra")
 
+ADAPTED = "adapted"
+"""In a fingerprint: the mark of a target whose weights were changed while its drafter learned; no field elsewhere."""
+CONFIG_MARK = "specdec_adapted"
+"""Where that target's config.json holds the mark. There it survives dtypes, packing, quantisation and moves."""
+
 
 @dataclass(frozen=True)
 class DrafterJson:
@@ -47,7 +52,8 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "num_layers": int(config.num_hidden_layers),
     }
     tokenizer = tokenizer_hash(Path(model.name_or_path)) if model.name_or_path else None
-    return values if tokenizer is None else {**values, "tokenizer": tokenizer}
+    rest = {"tokenizer": tokenizer, ADAPTED: getattr(model.config, CONFIG_MARK, None)}
+    return values | {key: value for key, value in rest.items() if value is not None}
 
 
 def tokenizer_hash(path: Path) -> str | None:
@@ -106,6 +112,11 @@ def check_target(target: dict[str, Any], path: Path, model: PreTrainedModel) -> 
         DrafterMismatch: names every field that differs.
     """
     actual = fingerprint(model)
+    if target.get(ADAPTED) not in (None, actual.get(ADAPTED)):
+        raise DrafterMismatch(
+            f"the drafter in {path} was trained together with its target, whose weights changed with it; load that "
+            f"target, which lies where the training run wrote it, got {model.name_or_path or 'another model'!r}"
+        )
     wrong = [f"{key} {actual[key]} (drafter: {value})" for key, value in target.items()
              if key in actual and actual[key] != value]  # fmt: skip
     if wrong:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from specdec.drafters.directory import ADAPTED, CONFIG_MARK
 from specdec.errors import BadCheckpoint
 from specdec.formats.checkpoint import HeadCheckpoint
 from specdec.formats.folder import Folder, copy_directory, write_json
@@ -39,6 +40,8 @@ def read(folder: Folder) -> HeadCheckpoint:
     ):
         if field in said:
             target[word] = said[field]
+    if CONFIG_MARK in folder.config:
+        target[ADAPTED] = folder.config[CONFIG_MARK]
     return HeadCheckpoint("medusa", config, tensors, target, NAME, base=folder.path)
 
 
@@ -49,6 +52,11 @@ def write(checkpoint: HeadCheckpoint, path: Path) -> None:
     if loss := loss_in_plain_medusa(checkpoint.config):
         raise BadCheckpoint(f"{NAME} cannot hold {loss}; write vllm_medusa or native")
     base = Folder(checkpoint.base)
+    if checkpoint.target.get(ADAPTED) not in (None, base.config.get(CONFIG_MARK)):
+        raise BadCheckpoint(
+            f"{checkpoint.base} is not the model that these heads were trained together with; name that one with "
+            "--base: OUT/target of the training run"
+        )
     counts = {key: value for key, value in plain_config(checkpoint).items() if key != "base_model_name_or_path"}
     heads = plain_tensors(checkpoint, _PREFIX, own_output=checkpoint.config.output != "target")
     copy_directory(base, path, heads, without=_PREFIX)

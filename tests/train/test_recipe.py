@@ -19,7 +19,7 @@ def recipe(*assignments: str, kind: str = "medusa", file: Path | None = None) ->
 
 
 def test_every_kind_that_can_be_trained_has_defaults():
-    assert DEFAULTS.keys() == {*HEADS, "draft-model"}
+    assert DEFAULTS.keys() == {*HEADS, "draft-model", "medusa2"}
     assert all(default.kind == kind for kind, default in DEFAULTS.items())
     assert all(default.loop.save_every and default.loop.evaluate_every for default in DEFAULTS.values())
 

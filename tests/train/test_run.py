@@ -18,7 +18,7 @@ from accelerate.tracking import GeneralTracker
 from specdec.errors import BadData, BadRecipe, SpecdecError
 from specdec.probe import target_of
 from specdec.train.checkpoint import Checkpoints, write_whole
-from specdec.train.job import event_of
+from specdec.train.job import Job, StageReporter, event_of
 from specdec.train.loop import Score, StepReport
 from specdec.train.plan import checkpoint_bytes, plan_run
 from specdec.train.prepared import MemoryData
@@ -200,6 +200,17 @@ def test_trackers_get_settings_and_numbers_under_flat_names(tmp_path: Path):
     assert notebook.config == {"loop.steps": 3, "head.options.budget": 5}
     track(accelerator, {"event": "step", "step": 2, "loss": 1.5, "alpha": [0.5, 0.25], "time": "now"})
     assert notebook.logged == [(2, {"step/loss": 1.5, "step/alpha.1": 0.5, "step/alpha.2": 0.25})]
+
+
+def test_trackers_hear_of_the_last_stage_alone(tmp_path: Path):
+    accelerator, notebook, heard = accelerator_for(cpu=True), Notebook(), []
+    accelerator.log_with = [notebook]  # type: ignore[list-item]
+    begin_tracking(accelerator, {}, tmp_path)
+    job = Job(recipe_for("medusa2"), "target", tmp_path, tmp_path)
+    for name, step in (("heads", 1), ("joint", 2)):
+        StageReporter(job, name, ("heads", "joint"), accelerator, heard.append)(StepReport(step, 1.5, 3))
+    assert [(event["stage"], event["step"]) for event in heard] == [("heads", 1), ("joint", 2)]
+    assert [step for step, _ in notebook.logged] == [2]
 
 
 class Talker(Notebook):
