@@ -184,6 +184,15 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_without_peft_one_line_says_what_to_install(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    result = run("train", "medusa2", folder / "target", folder / "texts.jsonl", "--out", tmp_path / "run", *SMALL)
+    failed(result, 2, "adapters on the target need the package peft: pip install 'specdec[peft]'")
+    assert not (tmp_path / "run").exists()
+
+
 # --- Real processes ------------------------------------------------------------------------------------
 
 

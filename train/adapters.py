@@ -86,7 +86,9 @@ class Adapters(nn.Module):
             warnings.simplefilter("ignore", FutureWarning)
             self._wrapper = [peft.get_peft_model(model, config)]  # in a list: the target must not become a submodule
         layer = importlib.import_module("peft.tuners.lora").LoraLayer
-        self._layers = [(name, module) for name, module in model.named_modules() if isinstance(module, layer)]
+        self._layers: list[tuple[str, Any]] = [
+            (name, module) for name, module in model.named_modules() if isinstance(module, layer)
+        ]
         for name, module in self._layers:
             parts = {"A": module.lora_A, "B": module.lora_B, "dropout": module.lora_dropout}
             self.add_module(name.replace(".", "/"), nn.ModuleDict(parts))

@@ -260,7 +260,7 @@ class Loop:
         parameters = [p for p in self._learning.module.parameters() if p.requires_grad]
         if self._shards is not None and all(p.grad is None for p in parameters):
             raise BadRecipe(f"{self.trainable.kind} learns with weights beside its own module; leave --fsdp out")
-        norm = self.accelerator.clip_grad_norm_(parameters, self.settings.clip or math.inf)
+        norm = cast(Tensor, self.accelerator.clip_grad_norm_(parameters, self.settings.clip or math.inf))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("rate", 1.0)
         self.optimizer.step()

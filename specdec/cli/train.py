@@ -50,6 +50,7 @@ from specdec.cli.train_options import (
 from specdec.cli.train_plan import print_plan
 from specdec.cli.train_process import run_here
 from specdec.errors import BadRecipe, SpecdecError
+from specdec.train.adapters import require_peft
 from specdec.train.data_of_run import is_prepared, prepared_for
 from specdec.train.distill import SCRATCH, TARGET, DraftSettings
 from specdec.train.job import FINISHED, Job
@@ -263,6 +264,7 @@ def _recipe(given: Given) -> Recipe:
             raise BadRecipe("--report-to follows one run, and a draft from scratch is several; leave it out")
     if kind == MEDUSA_2:
         JointSettings.of(recipe)
+        require_peft()
     return recipe
 
 

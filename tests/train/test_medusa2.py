@@ -233,7 +233,8 @@ def test_recomputed_layers_learn_the_same_and_serve_a_cache() -> None:
         made = joint_training(recipe(), target_of(sharp_target()), recompute=recompute)
         torch.stack([term.total for term in made.terms(made.features(batch()), Objective("ce"))]).sum().backward()
         ids = torch.tensor([prompts()[0]])
-        assert torch.equal(made.target.model.generate(ids, max_new_tokens=4, do_sample=False)[0], texts()[0, :8])
+        model: Any = made.target.model
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False)[0], texts()[0, :8])
         return [cast(torch.Tensor, weight.grad) for weight in made.module.parameters()]
 
     for one, other in zip(gradients(False), gradients(True), strict=True):

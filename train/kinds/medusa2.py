@@ -87,7 +87,7 @@ class Medusa2Training:
         self.heads, self.adapters, self.weights = heads, adapters, weights
         self.target = heads.target
         self.recomputed = recomputed_layers(self.target.model) if recompute else []
-        self.module = nn.ModuleDict({"heads": heads.module, "adapters": adapters.to(self.target.device)})
+        self.module: nn.Module = nn.ModuleDict({"heads": heads.module, "adapters": adapters.to(self.target.device)})
         self._original = TargetFeatures(self.target, ())
 
     def features(self, batch: TrainBatch) -> TrainBatch:
