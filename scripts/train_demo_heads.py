@@ -75,7 +75,7 @@ SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "eagle": {"loop": {"learning_rate": 3e-3}, "head": {"options": {"depth": 4, "budget": 12}}},
     "eagle3": {
         "loop": {"learning_rate": 3e-3},
-        "head": {"steps": 4, "taps": [2, 4, 8], "own_lm_head": False, "options": {"depth": 4, "budget": 12}},
+        "head": {"steps": 4, "own_lm_head": False, "options": {"depth": 4, "budget": 12}},
     },
     "kangaroo": {"loop": {"learning_rate": 3e-3}, "head": {"options": {"depth": 4}}},
     "draft-model": {"loop": {"learning_rate": 3e-3}, "head": {"options": {"depth": 4, "budget": 12}}},
