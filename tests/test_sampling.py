@@ -12,7 +12,7 @@ from transformers.generation import logits_process as lp
 
 from specdec.sampling import SamplingParams, drawn_by_appearance, drawn_by_race
 from tests.law.chi_square import chi_square
-from tests.law.enumeration import Law, law_of
+from tests.law.enumeration import law_of, successive_law
 
 SIGNIFICANCE = 1e-6
 Draw = Callable[[Tensor, int, torch.Generator | None], Tensor]
@@ -41,17 +41,6 @@ def test_the_draft_law_is_truncated_as_transformers_truncates_the_targets(
     logits = scales[:, None] * torch.randn(4, 1500, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     assert torch.equal(params.warp(logits), warped_by_transformers(logits, params))
     assert torch.equal(params.warp(logits.view(2, 2, -1)), params.warp(logits).view(2, 2, -1))
-
-
-def successive_law(log_law: Tensor, count: int) -> Law:
-    law: Law = {(): 1.0}
-    for _ in range(count):
-        longer: Law = {}
-        for drawn, probability in law.items():
-            left = log_law.double().index_fill(0, torch.tensor(drawn, dtype=torch.long), -torch.inf).softmax(-1)
-            longer |= {(*drawn, token): probability * float(q) for token, q in enumerate(left) if q > 0}
-        law = longer
-    return law
 
 
 LOG_LAWS = {

@@ -100,3 +100,15 @@ def law_of(algorithm: Callable[[Chooser], Key]) -> dict[Key, float]:
 def total_variation(one: Mapping[Any, float], other: Mapping[Any, float]) -> float:
     """Half the sum of absolute differences; also sees missing mass."""
     return 0.5 * math.fsum(abs(one.get(key, 0.0) - other.get(key, 0.0)) for key in {*one, *other})
+
+
+def successive_law(log_law: Tensor, count: int) -> Law:
+    """The law of `count` draws in order, each from what the earlier ones left."""
+    law: Law = {(): 1.0}
+    for _ in range(count):
+        longer: Law = {}
+        for drawn, probability in law.items():
+            left = log_law.double().index_fill(0, torch.tensor(drawn, dtype=torch.long), -torch.inf).softmax(-1)
+            longer |= {(*drawn, token): probability * float(q) for token, q in enumerate(left) if q > 0}
+        law = longer
+    return law

@@ -25,7 +25,7 @@ from specdec.sampling import Chooser, SamplingParams
 from specdec.target import Target
 from specdec.tree import TokenTree
 from tests.law.chi_square import SIGNIFICANCE, chi_square
-from tests.law.enumeration import Law
+from tests.law.enumeration import Law, successive_law
 
 VOCAB = 3
 LENGTH = 3
@@ -174,18 +174,6 @@ def test_extreme_laws_in_float32_emit_only_tokens_that_have_mass(name: str, scal
 
 
 # --- The chooser ----------------------------------------------------------------------------------------
-
-
-def successive_law(log_law: Tensor, count: int) -> Law:
-    """The law of `count` draws in order, each from what the earlier ones left."""
-    law: Law = {(): 1.0}
-    for _ in range(count):
-        longer: Law = {}
-        for drawn, probability in law.items():
-            left = log_law.double().index_fill(0, torch.tensor(drawn, dtype=torch.long), -torch.inf).softmax(-1)
-            longer |= {(*drawn, token): probability * float(q) for token, q in enumerate(left) if q > 0}
-        law = longer
-    return law
 
 
 LOG_LAWS = {
