@@ -71,7 +71,9 @@ def test_it_measures_here_ranks_in_the_grid_and_reports_json(target: Path):
     report = json.loads(result.stdout)
     assert report["projected"] is False
     assert report["measured"]["tokens_per_second"] > 0
-    assert len(report["grid"]) == 5
+    options = [entry["options"] for entry in report["grid"]]
+    plainly = None in options  # the choice is measured too, and on a busy machine it may be not to speculate
+    assert len(options) == 5 + plainly == len({str(entry) for entry in options})
     assert report["path"] is None
     assert json.loads(Path("costs.json").read_text())["verifications"]
 
