@@ -159,7 +159,9 @@ def decode(
 ) -> specdec.DecodeStats:
     """One generation of a batch; a fixed length, so that every policy does the same work."""
     ids = torch.tensor(prompts)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    )
     torch.manual_seed(seed)
     output: Any = specdec.generate(
         pair.target, ids, attention_mask=torch.ones_like(ids), drafter=drafter, rule=rule, max_new_tokens=tokens,

@@ -131,7 +131,7 @@ class Work:
 def target_of_shape(name: str) -> Target:
     """The adapter of a model of this shape without weights."""
     with torch.device("meta"):
-        return Target(LlamaForCausalLM(LlamaConfig(**TARGETS[name])).to(torch.bfloat16))
+        return Target(LlamaForCausalLM(LlamaConfig(**TARGETS[name])).to(dtype=torch.bfloat16))  # type: ignore[call-arg]
 
 
 @cache

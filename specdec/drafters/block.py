@@ -179,7 +179,7 @@ class _BlockRunner:
 
     def _masks(self, mask: Mask, length: int) -> dict[str, Tensor]:
         """Context's masks let block tokens see each other; causal kinds hide what comes later."""
-        given = mask if isinstance(mask, dict) else dict.fromkeys(self.kinds, mask)
+        given = cast(dict[str, Tensor], mask if isinstance(mask, dict) else dict.fromkeys(self.kinds, mask))
         return {
             kind: causal_in_block(one, length) if self.head.config.is_causal(kind) else one
             for kind, one in given.items()

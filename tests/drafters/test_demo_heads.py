@@ -26,7 +26,7 @@ def target() -> Any:
 
 
 @cache
-def inputs() -> dict[str, torch.Tensor]:
+def inputs() -> dict[str, Any]:
     tokenizer: Any = AutoTokenizer.from_pretrained(demo.target_path(), padding_side="left")
     texts = [text[: 150 + 100 * i] for i, text in enumerate(list(demo.prompts().values())[:3])]
     batch = tokenizer(texts, return_tensors="pt", padding=True)

@@ -130,7 +130,7 @@ class CountingChooser(ScriptedChooser):
         return super().draw_without_replacement(log_q, count)
 
 
-@pytest.mark.parametrize("growth", [DrawnGrowth, lambda *limits: CalibratedGrowth(*limits, "drawn")])
+@pytest.mark.parametrize("growth", [DrawnGrowth, lambda *limits: CalibratedGrowth(*limits, children="drawn")])
 @pytest.mark.parametrize("scale", [2.0, 4.0])
 def test_draws_that_are_left_out_change_no_tree(
     growth: Callable[..., GrowthPolicy], scale: float, monkeypatch: pytest.MonkeyPatch

@@ -36,7 +36,7 @@ class Hub(ThreadingHTTPServer):
 class Answers(BaseHTTPRequestHandler):
     """Of the hub's HTTP interface, what making a repository and one commit need."""
 
-    server: Hub
+    server: Hub  # type: ignore[assignment]
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:

@@ -247,7 +247,7 @@ def settings_and_numbers(name: str, folder: Path) -> None:
 
 def test_tensorboard_keeps_what_it_was_told(tmp_path: Path):
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import]
 
     settings_and_numbers("tensorboard", tmp_path)
     kept = EventAccumulator(str(tmp_path / "specdec")).Reload()

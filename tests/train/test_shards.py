@@ -26,7 +26,7 @@ from tests.train.toy import make_loop
 @pytest.fixture
 def group() -> Iterator[None]:
     """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore
     yield
     torch.distributed.destroy_process_group()
 
