@@ -502,7 +502,7 @@ def test_no_target_there(folder: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--lr", 0.5), "settings.learning_rate 0.5 (checkpoint: 0.001)"),
+        (("--lr", 0.5), "settings.learning_rate 0.5 (checkpoint: 0.004)"),
         (("--steps", 7), "settings.steps 7 (checkpoint: 6)"),
         (("--fresh",), "holds checkpoints already"),
         (("--set", "head.num_heads=2"), "head.num_heads 2 (checkpoint: None)"),

@@ -59,7 +59,8 @@ def fast_draft(
 ) -> Loop:
     """Train a fresh draft model through all stages; `out/NAME/drafter` of the last one is the one to use.
 
-    Each stage begins with the weights of the one before: of its best checkpoint where it validated, else its last.
+    Each stage begins with the weights of the one before: of its best checkpoint where it validated, else its last. The
+    first one begins with fresh weights, so its default learning rate follows the draft's width.
 
     Args:
         model: the target; frozen.
@@ -87,10 +88,13 @@ def fast_draft(
     draft = fresh_draft(model, made, stages[0].recipe.loop.seed)
     loop: Loop | None = None
     for stage in stages:
-        if loop is not None:
+        recipe = stage.recipe
+        if loop is None:
+            recipe = recipe.for_width(made.hidden_size)
+        else:
             draft.load_state_dict(loop.checkpoints.weights(), strict=False)  # tied names are stored once
         loop = train_draft_model(
-            replace(stage.recipe, head={**stage.recipe.head, "draft": ""}), model, stage.documents, out / stage.name,
+            replace(recipe, head={**recipe.head, "draft": ""}), model, stage.documents, out / stage.name,
             draft=draft, prompts=prompts, data_identity=stage.data_identity or None, report=report(stage.name),
             restored=restored(stage.name), recompute=recompute, resume=resume, accelerator=accelerator,
         )  # fmt: skip

@@ -129,7 +129,8 @@ def run_job(
         SpecdecError: settings, data or checkpoints that do not fit; says which.
         OSError: something cannot be written.
     """
-    recipe = job.recipe.fitted(accelerator.num_processes, target_of(model).max_positions)
+    target = target_of(model)
+    recipe = job.recipe.fitted(accelerator.num_processes, target.max_positions, target.hidden_size)
     if recipe.kind == DRAFT_MODEL and recipe.data.written_from < 1:
         raise BadRecipe("who writes a draft model's text is said by head.text; leave data.written_from out")
     data = open_prepared(job.data)

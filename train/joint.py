@@ -40,7 +40,7 @@ from specdec.train.kinds.medusa import MedusaTraining
 from specdec.train.kinds.medusa2 import JointWeights, Medusa2Training
 from specdec.train.loop import Loop, Score, StepReport
 from specdec.train.prepared import unfinished_folder
-from specdec.train.recipe import MEDUSA_2, Recipe, laid_over
+from specdec.train.recipe import DEFAULTS, MEDUSA_2, Recipe, laid_over
 from specdec.train.run import check_drafts, evaluator, make_training, row_source, train_head
 from specdec.train.tokenizer_files import copy_tokenizer
 from specdec.train.trainable import Trainable
@@ -75,7 +75,7 @@ class JointSettings:
     num_layers: int = 1
     output: str = "target"
     frozen_steps: int = 1000
-    frozen_rate: float = 1e-3
+    frozen_rate: float = DEFAULTS[MedusaTraining.kind].loop.learning_rate
     head_rate: float = 4.0
     head_weight: float = 0.2
     head_schedule: str = "constant"
@@ -162,7 +162,8 @@ def train_medusa2(
         SpecdecError: settings, data or checkpoints that do not fit; says which.
     """
     require_peft()
-    recipe = beginning_with(recipe, begin_from)
+    target, processes = target_of(model), 1 if accelerator is None else accelerator.num_processes
+    recipe = beginning_with(recipe, begin_from).fitted(processes, target.max_positions, target.hidden_size)
     settings = JointSettings.of(recipe)
     common: dict[str, Any] = {
         "prompts": prompts, "data_identity": data_identity, "resume": resume, "accelerator": accelerator,
@@ -178,8 +179,6 @@ def train_medusa2(
         learned = loop.checkpoints.weights()
         loop.accelerator.free_memory()  # it would keep the first stage's moments
         del loop
-    target = target_of(model)
-    recipe = recipe.fitted(1 if accelerator is None else accelerator.num_processes, target.max_positions)
     training = joint_training(recipe, target, begin_from, recompute=recompute, learned=learned)
     try:
         loop = train_together(training, recipe, documents, out, report=report, restored=restored, **common)
@@ -202,14 +201,14 @@ def beginning_with(recipe: Recipe, heads: Path | None) -> Recipe:
 
 
 def head_recipe(recipe: Recipe) -> Recipe:
-    """The recipe of the heads alone: a Medusa-2 recipe's first stage; any other one as it is."""
+    """The recipe of the heads alone: a fitted Medusa-2 recipe's first stage; any other one as it is."""
     if recipe.kind != MEDUSA_2:
         return recipe
     settings = JointSettings.of(recipe)
     head = {name: getattr(settings, name) for name in (*OF_THE_HEADS, "options")}
     given = frozenset(
         name for name in recipe.given if not name.startswith("head.") or name.removeprefix("head.") in OF_THE_HEADS
-    )
+    ) | {"loop.learning_rate"}  # frozen_rate was chosen, or fitted with the rest
     steps = max(settings.frozen_steps, 1)
     return Recipe(
         MedusaTraining.kind,

@@ -72,6 +72,12 @@ class DataSettings:
 SECTIONS = ("loop", "objective", "data", "head")
 DRAFT_MODEL, MEDUSA_2 = "draft-model", "medusa2"
 
+PUBLISHED_WIDTH = 4096
+"""Hidden size of the targets that learning rates were published for."""
+
+MOST_FASTER = 4.0
+"""Narrow targets get at most so many times the published rate, that of a width of 256: none narrower was measured."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -81,7 +87,8 @@ class Recipe:
         kind: what is trained.
         loop, objective, data: settings.
         head: keyword arguments of the kind's Training class.
-        given: "section.name" of every setting that somebody chose; the others may be fitted to the run.
+        given: "section.name" of every setting that is decided, since somebody chose it or it has been fitted to the
+            target; the others may be fitted to the run.
     """
 
     kind: str
@@ -116,15 +123,17 @@ class Recipe:
             given=self.given | {f"{section}.{name}" for section in SECTIONS for name in values.get(section, {})},
         )
 
-    def fitted(self, processes: int = 1, max_positions: int | None = None) -> Recipe:
+    def fitted(self, processes: int = 1, max_positions: int | None = None, width: int | None = None) -> Recipe:
         """With defaults that suit the run; what somebody chose stays, and is refused where it cannot work.
 
         A short run warms up for a tenth of its steps at most. Rows at once divide among the processes. Rows are no
-        longer than the target's positions.
+        longer than the target's positions. Heads of a narrow target learn faster; a draft model that has been trained
+        already does not, see `for_width`. Fitting twice is the same as fitting once.
 
         Args:
             processes: that share a step's rows.
             max_positions: of the target; None for no limit.
+            width: the target's hidden size; None leaves the learning rate as it is.
 
         Raises:
             BadRecipe: chosen settings that do not fit.
@@ -141,7 +150,25 @@ class Recipe:
                 )
             data = replace(data, row_length=max_positions)
         loop.check(processes)
-        return replace(self, loop=loop, data=data)
+        made = replace(self, loop=loop, data=data)
+        return made if width is None or self.kind == DRAFT_MODEL else made.for_width(width)
+
+    def for_width(self, width: int) -> Recipe:
+        """With a default learning rate that suits fresh weights on states of so many numbers; a chosen one stays.
+
+        A step of Adam changes a weight by about the learning rate, whatever the width, and fresh weights are of the
+        size 1 / sqrt(width): so that a step turns a narrow matrix as far as the wide one that the rate was published
+        for, the rate grows by sqrt(PUBLISHED_WIDTH / width). Wider targets keep it. Of Medusa-2 that holds for the
+        first stage's heads; adapters fine-tune a target that has learned already, and keep theirs.
+        """
+        faster = min(max(PUBLISHED_WIDTH / width, 1.0) ** 0.5, MOST_FASTER)
+        if self.kind == MEDUSA_2:
+            rate = DEFAULTS["medusa"].loop.learning_rate * faster
+            return replace(self, head={"frozen_rate": rate, **self.head})
+        if "loop.learning_rate" in self.given:
+            return self
+        loop = replace(self.loop, learning_rate=self.loop.learning_rate * faster)
+        return replace(self, loop=loop, given=self.given | {"loop.learning_rate"})
 
     def as_given(self, given: frozenset[str]) -> Recipe:
         """With another notion of what somebody chose."""

@@ -96,7 +96,7 @@ def train_head(
     """
     accelerator = accelerator or accelerator_for(bf16=recipe.loop.bf16)
     target = target_of(model)
-    recipe = recipe.fitted(accelerator.num_processes, target.max_positions)
+    recipe = recipe.fitted(accelerator.num_processes, target.max_positions, target.hidden_size)
     if recipe.data.packed:
         check_packing(target)
     torch.manual_seed(recipe.loop.seed)  # fresh weights are the same in every process and on every resume

@@ -29,7 +29,8 @@ def print_plan(job: Job, processes: int, as_json: bool) -> None:
         SpecdecError, OSError: whatever would stop the run before its first step.
     """
     model = load_model(job.target, dtype_of(job.target, job.dtype), job.device)
-    limit = target_of(model).max_positions
+    target = target_of(model)
+    fit = (processes, target.max_positions, target.hidden_size)
     runs = {"": job}
     if is_staged(job.recipe):
         runs = {name: replace(job, recipe=stage_recipe(job.recipe, name), data=path)
@@ -37,18 +38,22 @@ def print_plan(job: Job, processes: int, as_json: bool) -> None:
     data = {name: open_prepared(run.data) for name, run in runs.items()}
     for each in data.values():
         check_tokenizer(each.manifest, model)
-    recipes = {name: run.recipe.fitted(processes, limit) for name, run in runs.items()}
+    recipes = {name: run.recipe.fitted(*fit) for name, run in runs.items()}
     last = list(runs)[-1]
     with tempfile.TemporaryDirectory() as folder:
         if is_staged(job.recipe):
             training = training_of_stages(job, model, Path(folder), lambda event: None if as_json else _tell(event))
+            first = next(iter(runs))
+            recipes[first] = recipes[first].for_width(training.module.config.hidden_size)
         else:
             training = training_of(job, recipes[last], model, data[last], Path(folder))
         plans = {name: plan_run(recipes[name], training, data[name], processes) for name in runs}
-    recipe = job.recipe.fitted(processes, limit)
+    recipe = job.recipe.fitted(*fit)
     if as_json:
-        stages = {"stages": {name: plan.to_json() for name, plan in plans.items()}} if len(runs) > 1 else {}
-        print(json.dumps({"recipe": recipe.resolved(), **plans[last].to_json(), **stages}))
+        stages = {name: {**plan.to_json(), "learning_rate": recipes[name].loop.learning_rate}
+                  for name, plan in plans.items()}  # fmt: skip
+        shown = {"stages": stages} if len(runs) > 1 else {}
+        print(json.dumps({"recipe": recipe.resolved(), **plans[last].to_json(), **shown}))
         return
     table = Table.grid(padding=(0, 2))
     for section, settings in recipe.resolved().items():
@@ -58,6 +63,8 @@ def print_plan(job: Job, processes: int, as_json: bool) -> None:
                 table.add_row(f"  {name}", escape(str(value)))
     for name, plan in plans.items():
         table.add_row(f"[bold]{f'stage {name}' if name else 'run'}", "")
+        if name:
+            table.add_row("  learning rate", f"{recipes[name].loop.learning_rate:g}")
         for what, value in _stage_rows(plan, recipes[name].loop.steps) if name != last else _plan_rows(plan, processes):
             table.add_row(f"  {what}", value)
     out.print(table)

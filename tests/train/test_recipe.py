@@ -10,6 +10,7 @@ import pytest
 
 from specdec.errors import BadRecipe
 from specdec.train.job import Job
+from specdec.train.joint import JointSettings, head_recipe
 from specdec.train.recipe import DEFAULTS, Recipe, parsed_settings, recipe_for
 from specdec.train.run import HEADS
 
@@ -111,6 +112,41 @@ def test_defaults_fit_short_runs_several_processes_and_short_targets():
     assert (shared.loop.rows_at_once, shared.data.row_length) == (4, 100)
     assert recipe("loop.rows_per_step=6").fitted().loop.rows_at_once == 6
     assert recipe().fitted(max_positions=100_000).data.row_length == DEFAULTS["medusa"].data.row_length
+
+
+@pytest.mark.parametrize(("width", "times"), [(256, 4), (1024, 2), (64, 4), (4096, 1), (8192, 1)])
+def test_heads_of_a_narrow_target_learn_faster(width: int, times: float):
+    for kind in HEADS:
+        fitted = recipe(kind=kind).fitted(width=width)
+        assert fitted.loop.learning_rate == pytest.approx(times * DEFAULTS[kind].loop.learning_rate)
+        assert fitted.fitted(width=width) == fitted, "a recipe that is fitted twice, as in the command, stays"
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_a_rate_that_was_given_stays(kind: str, tmp_path: Path):
+    rate = DEFAULTS[kind].loop.learning_rate
+    assert recipe(f"loop.learning_rate={rate}", kind=kind).fitted(width=256).loop.learning_rate == rate
+    (tmp_path / "recipe.toml").write_text("[loop]\nlearning_rate = 1e-5\n")
+    assert recipe(kind=kind, file=tmp_path / "recipe.toml").fitted(width=256).loop.learning_rate == 1e-5
+
+
+def test_a_trained_draft_model_keeps_its_rate_and_a_fresh_one_does_not():
+    rate = DEFAULTS["draft-model"].loop.learning_rate
+    assert recipe(kind="draft-model").fitted(width=256).loop.learning_rate == rate
+    assert recipe(kind="draft-model").for_width(1024).loop.learning_rate == pytest.approx(2 * rate)
+    assert recipe("loop.learning_rate=2e-4", kind="draft-model").for_width(1024).loop.learning_rate == 2e-4
+
+
+def test_of_medusa2_the_heads_follow_the_width_and_adapters_do_not():
+    fitted = recipe(kind="medusa2").fitted(width=1024)
+    assert fitted.loop.learning_rate == DEFAULTS["medusa2"].loop.learning_rate
+    assert JointSettings.of(fitted).frozen_rate == pytest.approx(2e-3)
+    assert fitted.fitted(width=1024) == fitted
+    assert head_recipe(fitted).fitted(width=1024).loop == recipe(kind="medusa").changed(
+        {"loop": {"steps": JointSettings.of(fitted).frozen_steps}}
+    ).fitted(width=1024).loop  # fmt: skip
+    chosen = recipe("head.frozen_rate=1e-3", kind="medusa2").fitted(width=1024)
+    assert head_recipe(chosen).fitted(width=1024).loop.learning_rate == 1e-3
 
 
 @pytest.mark.parametrize(
