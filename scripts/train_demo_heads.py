@@ -1,7 +1,7 @@
 """Train the draft heads that ship with the demo pair, and measure every kind before and after.
 
     python scripts/train_demo_heads.py texts                       # the target writes; about ten minutes on two cores
-    python scripts/train_demo_heads.py features                    # what heads read of it, once for all kinds: 3 GB
+    python scripts/train_demo_heads.py features                    # what heads read of it, once for all kinds: 4 GB
     python scripts/train_demo_heads.py train medusa hydra eagle eagle3 kangaroo
     python scripts/train_demo_heads.py table --markdown docs/benchmarks/FILE.md
     python scripts/train_demo_heads.py export medusa hydra eagle eagle3 kangaroo
@@ -9,7 +9,11 @@
 Half of the text is the target's own, sampled at temperatures 0, 0.7 and 1 after beginnings from the standard library's
 source; the other half is that source itself. Modules that the target never saw (HELD_OUT in train_demo.py) give the
 prompts that validation decodes. Without `features` the target runs beside every kind, which takes longer and learns the
-same. Everything resumes after an interruption.
+same; it runs beside dflash, which reads more of it, and in medusa2's second stage, where it learns, in any case.
+Everything resumes after an interruption.
+
+medusa2 changes its target: what it was worth is measured with the adapted one, which lies in WORK/medusa2/target and
+is compared with the one that ships.
 """
 
 from __future__ import annotations
@@ -42,61 +46,59 @@ from specdec.target import BEFORE_NORM
 from specdec.train.batch import Documents
 from specdec.train.checkpoint import Checkpoints, read_state
 from specdec.train.distill import train_draft_model
+from specdec.train.drift import AGREEMENT, KL
 from specdec.train.evaluate import Evaluator
 from specdec.train.feature_cache import CachedData, plan_features, write_features
 from specdec.train.features import stored_taps
+from specdec.train.joint import HEADS, head_recipe, train_medusa2
 from specdec.train.kinds.draft_model import DraftModelTraining
 from specdec.train.kinds.head import HeadTraining
 from specdec.train.loop import Score, StepReport
 from specdec.train.prepared import PreparedData, write_prepared
-from specdec.train.recipe import Recipe, recipe_for
+from specdec.train.recipe import DRAFT_MODEL, MEDUSA_2, Recipe, recipe_for
 from specdec.train.run import make_training, train_head
 
 TEMPERATURES = (0.0, 0.7, 1.0, 1.0)
 BATCHES, ROWS, NEW_TOKENS, DOCUMENT = 48, 48, 160, 256
 PROMPTS, PROMPT_TOKENS = 16, 48
+INTERRUPTED = 130
+"""Exit status where a signal ended a run."""
 
-SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "medusa": {"loop": {"learning_rate": 3e-3}, "head": {"num_heads": 4, "options": {"budget": 15}}},
-    "hydra": {"loop": {"learning_rate": 2e-3}, "head": {"num_heads": 4, "options": {"budget": 12}}},
-    "hydra++": {"loop": {"learning_rate": 2e-3}, "head": {"num_heads": 4, "num_layers": 2, "options": {"budget": 12}}},
-    "clover": {"loop": {"learning_rate": 3e-3}, "head": {"num_heads": 4, "options": {"budget": 12}}},
-    "mlp-speculator": {"loop": {"learning_rate": 3e-3}, "head": {"num_heads": 3, "options": {"budget": 10}}},
-    "dflash": {
-        "loop": {"learning_rate": 3e-3},
-        "head": {
-            "num_layers": 2,
-            "taps": [2, 4, 5],
-            "block_size": 8,
-            "anchors": 32,
-            "options": {"budget": 12, "grow": "best-first"},
-        },
-    },
-    "eagle": {"loop": {"learning_rate": 3e-3}, "head": {"options": {"depth": 4, "budget": 12}}},
-    "eagle3": {
-        "loop": {"learning_rate": 3e-3},
-        "head": {"steps": 4, "own_lm_head": False, "options": {"depth": 4, "budget": 12}},
-    },
-    "kangaroo": {"loop": {"learning_rate": 3e-3}, "head": {"options": {"depth": 4}}},
-    "draft-model": {"loop": {"learning_rate": 3e-3}, "head": {"options": {"depth": 4, "budget": 12}}},
+OPTIONS: dict[str, dict[str, Any]] = {
+    "medusa": {"budget": 15},
+    "medusa2": {"budget": 15},
+    "hydra": {"budget": 12},
+    "hydra++": {"budget": 12},
+    "clover": {"budget": 12},
+    "mlp-speculator": {"budget": 10},
+    "dflash": {"budget": 12, "grow": "best-first"},
+    "eagle": {"depth": 4, "budget": 12},
+    "eagle3": {"depth": 4, "budget": 12},
+    "kangaroo": {"depth": 4},
+    "draft-model": {"depth": 4, "budget": 12},
 }
-"""What differs from a kind's defaults: sizes and learning rates that suit a target of 7 M, and the trees that
-validation decodes with. The published rates were chosen for states of 4096 numbers and more; with 256, steps may be
-several times longer."""
-
+"""The trees that validation decodes with. Sizes and learning rates are each kind's defaults."""
 
 SHIPPED_HYDRA_HEADS = 2
 
 TAPS = (2, 4, 5, BEFORE_NORM)
-"""What all kinds together read of the target: EAGLE-3's, DFlash's and Kangaroo's layers, and the last state."""
+"""What is kept of the target: EAGLE-3's and Kangaroo's layers, and the last state. The five states that DFlash reads
+would make it half as large again, and running a target of 7 M costs less than DFlash's own layers do."""
 
 
-def demo_recipe(kind: str, steps: int) -> Recipe:
-    """A kind's recipe for the demo target: rows of 256 tokens, 1024 tokens in a step, bf16 products."""
+def demo_recipe(kind: str, steps: int, model: Any) -> Recipe:
+    """A kind's recipe fitted to the demo target: rows of 256 tokens, 1024 tokens in a step, bf16 products.
+
+    Of medusa2 both stages have so many steps.
+    """
     loop = {"steps": steps, "rows_per_step": 4, "rows_at_once": 4, "bf16": True, "save_every": 100,
             "evaluate_every": 400}  # fmt: skip
     data = {"row_length": DOCUMENT, "validation_prompts": PROMPTS, "validation_tokens": 48}
-    return recipe_for(kind, None, loop=loop, data=data).changed(SECTIONS[kind])
+    head = {"options": OPTIONS[kind], **({"frozen_steps": steps} if kind == MEDUSA_2 else {})}
+    recipe, target = recipe_for(kind, None, loop=loop, data=data, head=head), target_of(model)
+    if kind == DRAFT_MODEL:  # a fresh one
+        recipe = recipe.for_width(LlamaConfig.from_pretrained(demo.draft_path()).hidden_size)
+    return recipe.fitted(1, target.max_positions, target.hidden_size)
 
 
 def corpus_ids(work: Path, split: str) -> Tensor:
@@ -159,10 +161,13 @@ def write_states(work: Path) -> None:
 
 
 def untrained(recipe: Recipe, model: Any) -> HeadTraining | DraftModelTraining:
-    """A kind before its first step; the draft model has the shape of the one that ships, and random weights."""
+    """A kind before its first step; the draft model has the shape of the one that ships, and random weights.
+
+    medusa2 begins as its heads on the target that ships.
+    """
     torch.manual_seed(recipe.loop.seed)
-    if recipe.kind != "draft-model":
-        return make_training(recipe, target_of(model))
+    if recipe.kind != DRAFT_MODEL:
+        return make_training(head_recipe(recipe), target_of(model))
     draft = LlamaForCausalLM(LlamaConfig.from_pretrained(demo.draft_path())).float().eval()
     return DraftModelTraining(target_of(model), draft, options=recipe.head["options"])
 
@@ -190,8 +195,8 @@ def demo_target() -> Any:
 
 def train(work: Path, kind: str, steps: int, console: Console) -> None:
     """Train one kind and note what it was worth before and after."""
-    recipe, prompts = demo_recipe(kind, steps), held_out_prompts(work)
     out, model = work / kind.replace("+", "p"), demo_target()
+    recipe, prompts = demo_recipe(kind, steps, model), held_out_prompts(work)
     before = _measure_fresh(recipe, model, prompts, out)
     started, spent = time.monotonic(), _spent(out)
 
@@ -205,13 +210,19 @@ def train(work: Path, kind: str, steps: int, console: Console) -> None:
     fresh = untrained(recipe, model)
     data = documents_for(fresh, work)
     if isinstance(fresh, DraftModelTraining):
-        train_draft_model(recipe, model, data, out, draft=fresh.module, prompts=prompts, report=report)
+        loop = train_draft_model(recipe, model, data, out, draft=fresh.module, prompts=prompts, report=report)
+    elif kind == MEDUSA_2:  # the model is the adapted one afterwards
+        loop = train_medusa2(recipe, model, data, out, prompts=prompts, report=report, report_heads=report)
     else:
-        train_head(recipe, model, data, out, prompts=prompts, report=report)
+        loop = train_head(recipe, model, data, out, prompts=prompts, report=report)
+    if loop.stopped or loop.step < loop.settings.steps:
+        console.print(f"{kind} stopped after step {loop.step} of {loop.settings.steps}; the same command goes on")
+        raise SystemExit(INTERRUPTED)
+    after = Evaluator(model, prompts, max_new_tokens=48).measure(specdec.load_drafter(best(out), model)).details()
     result = {
         "before": before,
-        "after": Evaluator(model, prompts, max_new_tokens=48).measure(specdec.load_drafter(best(out), model)).details(),
-        "parameters": sum(parameter.numel() for parameter in fresh.module.parameters()),
+        "after": {**after, **_drift(out)},
+        "parameters": sum(parameter.numel() for parameter in loop.trainable.module.parameters()),
         "steps": recipe.loop.steps,
         "minutes": round((time.monotonic() - started + spent) / 60, 1),
         "settings": recipe.resolved(),
@@ -220,10 +231,19 @@ def train(work: Path, kind: str, steps: int, console: Console) -> None:
     console.print(f"{kind}: tau {before['tau']} -> {result['after']['tau']}")
 
 
+def _drift(out: Path) -> dict[str, float]:
+    """How far the adapted target of the best checkpoint is from the one that ships; nothing where it is that one."""
+    details = read_state((out / "best").resolve())["score"]["details"]
+    return {name: details[name] for name in (KL, AGREEMENT) if name in details}
+
+
 def _spent(out: Path) -> float:
     """Seconds that an interrupted run has taken up to its newest checkpoint, by the files' times."""
-    latest, recipe = Checkpoints(out).latest(), out / "recipe.json"
-    return latest.stat().st_mtime - recipe.stat().st_mtime if latest and recipe.exists() else 0.0
+    spent = 0.0
+    for run in (out / HEADS, out):
+        latest, recipe = Checkpoints(run).latest(), run / "recipe.json"
+        spent += latest.stat().st_mtime - recipe.stat().st_mtime if latest and recipe.exists() else 0.0
+    return spent
 
 
 def _measure_fresh(recipe: Recipe, model: Any, prompts: list[list[int]], out: Path) -> dict[str, Any]:
@@ -256,17 +276,19 @@ def table(work: Path, markdown: Path | None, console: Console) -> None:
         "tau after",
         "alpha by depth",
         "expected speed-up",
+        "KL from the target that ships",
     ]
     numel = sum(parameter.numel() for parameter in draft.parameters())
     lines = [["draft model (ships)", f"{numel:,}", "", "", "", f"{reference['tau']:.2f}", _listed(reference["alpha"]),
-              f"{reference['expected_speedup']:.2f}"]]  # fmt: skip
-    for kind in SECTIONS:
+              f"{reference['expected_speedup']:.2f}", ""]]  # fmt: skip
+    for kind in OPTIONS:
         file = work / kind.replace("+", "p") / "result.json"
         if file.exists():
             r = json.loads(file.read_text())
             lines.append([kind, f"{r['parameters']:,}", str(r["steps"]), str(r["minutes"]), f"{r['before']['tau']:.2f}",
                           f"{r['after']['tau']:.2f}", _listed(r["after"]["alpha"]),
-                          f"{r['after']['expected_speedup']:.2f}"])  # fmt: skip
+                          f"{r['after']['expected_speedup']:.2f}",
+                          f"{r['after'][KL]:.3f}" if KL in r["after"] else ""])  # fmt: skip
     shown = Table(*header)
     for cells in lines:
         shown.add_row(*cells)
@@ -313,16 +335,18 @@ def small(checkpoint: HeadCheckpoint) -> HeadCheckpoint:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("texts", "features", "train", "table", "export"))
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(SECTIONS))
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(OPTIONS))
     parser.add_argument("--work", type=Path, default=Path("build/heads"))
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--to", type=Path, default=Path("specdec/demo/heads"))
     args = parser.parse_args()
-    unknown = sorted(set(args.kinds) - set(SECTIONS))
+    unknown = sorted(set(args.kinds) - set(OPTIONS))
     if unknown:
-        parser.error(f"no kind {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+        parser.error(f"no kind {unknown[0]!r}; there are {', '.join(OPTIONS)}")
+    if args.command == "export" and MEDUSA_2 in args.kinds:
+        parser.error(f"{MEDUSA_2} fits its adapted target alone, which does not ship")
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     console = Console(width=160)
@@ -331,7 +355,7 @@ def main() -> None:
     elif args.command == "features":
         write_states(args.work)
     elif args.command == "train":
-        for kind in args.kinds or SECTIONS:
+        for kind in args.kinds or OPTIONS:
             train(args.work, kind, args.steps, console)
     elif args.command == "table":
         table(args.work, args.markdown, console)
