@@ -12,6 +12,7 @@ Both change the model in place through public surfaces and nothing else: paramet
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ TYPICAL_ROWS = 8
 """Rows that oneDNN lays the packed weights out for."""
 MIN_FLOAT32_ELEMENTS = 1 << 18
 """Below this a call through oneDNN costs more than it saves: 26 against 6 microseconds for 128 x 128."""
-PACKABLE = (torch.float32, torch.bfloat16)
 
 
 def optimize(model: PreTrainedModel, *, min_elements: int | None = None) -> PreTrainedModel:
@@ -38,9 +38,9 @@ def optimize(model: PreTrainedModel, *, min_elements: int | None = None) -> PreT
             fit a core's cache, since small ones are faster as they are (docs/benchmarks).
 
     Packed weights are a second copy of the linear layers' memory. They follow in-place changes of the weights and a
-    move to another dtype by packing anew; training and other devices fall back to the ordinary product. Output
-    differs from the unoptimised model's by rounding only, so compare against a baseline with the same optimisation.
-    Calling it twice changes nothing.
+    move to another dtype by packing anew. Training, other devices, and bfloat16 on a CPU without products for it keep
+    the ordinary product. Output differs from the unoptimised model's by rounding only, so compare against a baseline
+    with the same optimisation. Calling it twice changes nothing.
     """
     if torch.backends.mkldnn.is_available():
         for module in model.modules():
@@ -53,7 +53,19 @@ def optimize(model: PreTrainedModel, *, min_elements: int | None = None) -> PreT
     return model
 
 
+def _packable(dtype: torch.dtype) -> bool:
+    """Whether this CPU takes packed weights of a dtype: bfloat16 wants AVX-512 or AVX-NE-CONVERT."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and _takes_bfloat16())
+
+
+@functools.cache
+def _takes_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _pays(weight: Tensor, min_elements: int | None) -> bool:
+    if not _packable(weight.dtype):
+        return False
     if min_elements is None:
         min_elements = 0 if weight.dtype == torch.bfloat16 else MIN_FLOAT32_ELEMENTS
     return weight.numel() >= min_elements
@@ -92,7 +104,7 @@ class PackedForward:
         if (
             weight.device.type != "cpu"
             or input.dtype != weight.dtype
-            or weight.dtype not in PACKABLE
+            or not _packable(weight.dtype)
             or (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
         ):
             return F.linear(input, weight, linear.bias)

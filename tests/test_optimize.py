@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import specdec
+from specdec import packed
 from specdec.demo.padded import cost_padded
 from specdec.packed import FOLDED, PackedForward, is_packed
 from specdec.probe import target_of
@@ -94,7 +95,22 @@ def test_training_goes_through_the_ordinary_product(model):
 def test_small_float32_weights_are_left_alone(model):
     specdec.optimize(model)
     assert not is_packed(model)
-    assert isinstance(specdec.optimize(make_target(0).bfloat16()).lm_head.forward, PackedForward)
+
+
+def test_bfloat16_weights_are_packed_where_the_cpu_takes_them():
+    """Others end in an error inside oneDNN: there the ordinary product serves, also after a move to bfloat16."""
+    packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    model = specdec.optimize(make_target(0).bfloat16())
+    assert isinstance(model.lm_head.__dict__.get("forward"), PackedForward) == packs
+    assert logits(model).dtype == torch.bfloat16
+
+
+def test_a_cpu_without_bfloat16_products_decodes_bfloat16_models(model, monkeypatch):
+    plain = logits(copy.deepcopy(model).bfloat16())
+    monkeypatch.setattr(packed, "_takes_bfloat16", lambda: False)
+    specdec.optimize(model, min_elements=0)  # packed as float32, and bfloat16 afterwards
+    assert torch.equal(logits(model.bfloat16()), plain)
+    assert not is_packed(specdec.optimize(make_target(0).bfloat16()))
 
 
 @pytest.mark.parametrize("extra_layers", [0, 2])
