@@ -18,19 +18,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from specdec.drawn_rules import DRAWN_RULES, Decided
 from specdec.emitter import Emitter
 from specdec.errors import UnsupportedGeneration
-from specdec.law import Law, Place, TreeLaw
-from specdec.sampling import Chooser
-from specdec.tree import NO_NODE, TokenTree, Topology
+from specdec.law import TreeLaw
+from specdec.tree import TokenTree
 
 Rule = Literal["auto", "walk", "block", "traversal", "recursive"]
-
-NO_MASS = 1e-12
-"""A residual with less mass than this is rounding: fall back to p, never to NaN or noise."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +82,6 @@ def accept(tree: TokenTree, logits: Tensor, emitter: Emitter, rows: list[int], r
     law = TreeLaw(tree, logits, emitter, rows)
     decided = DRAWN_RULES[rule](tree, law, emitter.chooser)
     return _emit_decided(decided, tree, law, emitter)
-
-
-# --- Chosen children ---------------------------------------------------------------------------------
 
 
 def walk(tree: TokenTree, logits: Tensor, emitter: Emitter, rows: list[int]) -> Acceptance:
@@ -148,235 +141,6 @@ def walk_in_step(tree: TokenTree, logits: Tensor, emitter: Emitter, rows: list[i
 
 def _child_holding(token: int, tree: TokenTree, tokens: list[list[int]], row: int, node: int) -> int | None:
     return next((child for child in tree.shapes[row].children[node] if tokens[row][child] == token), None)
-
-
-# --- Children drawn without replacement -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Decided:
-    """Accepted path and next token of each row, before stopping criteria."""
-
-    paths: list[list[int]]
-    next_tokens: list[int]
-
-
-def block(tree: TokenTree, law: Law, chooser: Chooser) -> Decided:
-    """Block verification of chains (Sun et al., arXiv 2403.10444, Algorithm 2), all rows at once.
-
-    Weights w_i = min(1, w_{i-1} p(x_i)/q(x_i)) run down the chain. Every prefix is tried with probability
-    h_i = S_i / (S_i + 1 - w_i), S_i = sum (w_i p - q)+ at the next position, and w_n for the whole chain; the
-    longest one that passes is kept. No early exit: a later prefix may pass where an earlier one failed.
-    """
-    assert tree.log_q is not None
-    chains = [_chain_nodes(tree, i) for i in range(len(tree.shapes))]
-    drafted = [len(chain) - 1 for chain in chains]
-    width = max(drafted)
-    p_rows = []
-    for i, chain in enumerate(chains):
-        inner, last = [(i, node) for node in chain[:-1]], law.p(i, chain[-1])[None]
-        stacked = torch.cat([law.p_at(inner), last]) if inner else last
-        p_rows.append(torch.cat([stacked, stacked[-1:].expand(width - drafted[i], -1)]))
-    p = torch.stack(p_rows)  # [B, width + 1, V]
-    order = torch.tensor([[*chain, *[chain[-1]] * (width - n)] for chain, n in zip(chains, drafted, strict=True)])
-    order = order.to(p.device)
-    log_q = tree.log_q.to(p.device, p.dtype)
-    q = log_q.gather(1, order[:, :, None].expand(-1, -1, log_q.shape[2])).softmax(-1)
-    tokens = tree.tokens.to(p.device).gather(1, order)
-    num_drafted = torch.tensor(drafted, device=p.device)
-
-    weights = [p.new_ones(p.shape[0])]
-    for i in range(width):
-        ratio = _ratio(p[:, i], q[:, i], tokens[:, i + 1])
-        weights.append((weights[-1] * ratio).clamp(max=1.0))
-    w = torch.stack(weights, 1)  # [B, width + 1]
-    residual = (w[:, :, None] * p - q).clamp(min=0.0)
-    mass = residual.sum(-1)
-    passes = torch.where(mass > NO_MASS, mass / (mass + (1 - w)), torch.zeros_like(mass))
-    position = torch.arange(width + 1, device=p.device)
-    at_end = position == num_drafted[:, None]
-    passes = torch.where(at_end, w, passes).masked_fill(position > num_drafted[:, None], 0.0)
-    passed = chooser.accept(passes[:, 1:])
-    kept = (passed * position[1:]).amax(1) if width else num_drafted * 0
-
-    at = kept[:, None]
-    use_p = (kept == num_drafted) | (mass.gather(1, at)[:, 0] <= NO_MASS)
-    gathered = at[:, :, None].expand(-1, -1, p.shape[2])
-    final = torch.where(use_p[:, None], p.gather(1, gathered)[:, 0], residual.gather(1, gathered)[:, 0])
-    next_tokens = chooser.draw(final / final.sum(-1, keepdim=True)).tolist()
-    paths = [chain[1 : 1 + n] for chain, n in zip(chains, kept.tolist(), strict=True)]
-    return Decided(paths, next_tokens)
-
-
-def traversal(tree: TokenTree, law: Law, chooser: Chooser) -> Decided:
-    """Traversal verification of trees (Weng et al., arXiv 2505.12398); on a chain it has block's law.
-
-    Leaves are tried from the first drawn downwards-up: a leaf passes with its weight and brings its whole path.
-    A node whose subtree failed is removed from its parent: p becomes norm((w p - q)+), the parent's weight
-    S / (S + 1 - w), and q loses the token. The root always passes once it stands alone.
-
-    What a node's weight is when its turn comes depends on no decision, for all before it have failed. So the weights
-    are computed for all rows at once, and the first node that passes is found afterwards.
-    """
-    failures = all_failing(tree, law, inherits=True)
-    orders = [_children_first(shape) for shape in tree.shapes]
-    order = torch.tensor(orders, device=failures.after.device)
-    passes = failures.after.gather(1, order).double()
-    reached = (1.0 - passes).cumprod(1).roll(1, 1)
-    reached[:, 0] = 1.0
-    chosen = chooser.one_of(passes * reached).tolist()
-    return failures.decided([row[at] for row, at in zip(orders, chosen, strict=True)], tree, law, chooser)
-
-
-def recursive_rejection(tree: TokenTree, law: Law, chooser: Chooser) -> Decided:
-    """Recursive rejection without replacement (Sequoia, arXiv 2402.12374; RSD, 2402.14160): the plain reference.
-
-    At the node reached, children are tested in draw order with min(1, p/q); a rejected one leaves
-    p := norm((p - q)+) and then disappears from q. When none is left the next token comes from that p.
-
-    As in traversal, no test's probability depends on another one's outcome.
-    """
-    failures = all_failing(tree, law, inherits=False)
-    tested = failures.entry.double()
-    ends = torch.zeros_like(tested)
-    for row, shape in enumerate(tree.shapes):
-        chances = tested[row].tolist()
-        reached = [1.0] * tree.num_nodes
-        for node, children in enumerate(shape.children):
-            for child in children:
-                reached[child] = reached[node] * chances[child]
-                reached[node] *= 1.0 - chances[child]
-        live = [n == 0 or parent != NO_NODE for n, parent in enumerate(shape.parents)]
-        ends[row] = ends.new_tensor([chance if alive else 0.0 for chance, alive in zip(reached, live, strict=True)])
-    return failures.decided(chooser.one_of(ends).tolist(), tree, law, chooser)
-
-
-@dataclass(frozen=True)
-class Failures:
-    """What remains at each node once all below it has failed.
-
-    Attributes:
-        entry: [B, N], the weight with which a node's turn begins: min(1, w p(x)/q(x)) of its parent's w, p and q.
-        after: [B, N], the weight that is left to it when all its children have failed; 0 for padding.
-        p: [M, V], the law of the next token there, at nodes with children.
-        places: the index into p of each of those.
-    """
-
-    entry: Tensor
-    after: Tensor
-    p: Tensor
-    places: dict[Place, int]
-
-    def decided(self, nodes: list[int], tree: TokenTree, law: Law, chooser: Chooser) -> Decided:
-        """The paths to these nodes, one of each row, and tokens drawn from what is left there."""
-        laws = [
-            self.p[self.places[row, node]] if (row, node) in self.places else law.p(row, node)
-            for row, node in enumerate(nodes)
-        ]
-        paths = [shape.path(node) for shape, node in zip(tree.shapes, nodes, strict=True)]
-        return Decided(paths, chooser.draw(torch.stack(laws)).tolist())
-
-
-def all_failing(tree: TokenTree, law: Law, *, inherits: bool) -> Failures:
-    """Weights and residual laws of all nodes, for all rows and one level after the other, without a host sync.
-
-    Args:
-        tree: of drawn children.
-        law: the target's.
-        inherits: a node begins with the weight that its token was tried with (traversal), or anew with 1.
-    """
-    assert tree.log_q is not None
-    levels = _inner_by_level(tree)
-    places = [place for level in levels for place in level]
-    p = law.p_at(places)
-    number = torch.tensor([row * tree.num_nodes + node for row, node in places], device=p.device)
-    log_q = tree.log_q.flatten(0, 1).index_select(0, number.to(tree.log_q.device)).to(p.device, p.dtype)
-    rounds = [tried for level in levels for tried in _rounds(tree, level)]
-    children = torch.tensor([child for tried in rounds for child in tried], device=p.device)
-    tokens = tree.tokens.to(p.device).flatten()[children]
-    live = [n == 0 or parent != NO_NODE for shape in tree.shapes for n, parent in enumerate(shape.parents)]
-    entry = torch.tensor(live, device=p.device).to(p.dtype)
-    after = entry.clone()
-    first = start = 0  # of the level's places, of the round's children
-    for depth, level in enumerate(levels):
-        nodes = number[first : first + len(level)]
-        w = entry[nodes] if inherits and depth else p.new_ones(len(level))
-        for tried in _rounds(tree, level):
-            active, these = slice(first, first + len(tried)), slice(start, start + len(tried))
-            start += len(tried)
-            q = log_q[active].softmax(-1)
-            weight = w[: len(tried)]
-            entry[children[these]] = (weight * _ratio(p[active], q, tokens[these])).clamp(max=1.0)
-            residual = torch.mul(p[active], weight[:, None]).sub_(q).clamp_(min=0.0)
-            mass = residual.sum(-1)
-            has_mass = mass > NO_MASS
-            residual.div_(mass.clamp(min=NO_MASS)[:, None])
-            if inherits and depth:  # the root's weight, and that of all that begin anew, is and stays 1
-                p[active] = residual  # without mass the weight is 0, and nobody asks for p
-                weight.copy_((mass / (mass + (1 - weight))).masked_fill_(~has_mass, 0.0))
-            else:
-                p[active] = torch.where(has_mass[:, None], residual, p[active])
-            log_q[active] = _without(log_q[active], tokens[these])
-        after[nodes] = w
-        first += len(level)
-    leaves = torch.ones_like(after, dtype=torch.bool).index_fill_(0, number, False)
-    after = torch.where(leaves, entry, after).view_as(tree.tokens)
-    return Failures(entry.view_as(tree.tokens), after, p, {place: i for i, place in enumerate(places)})
-
-
-def _rounds(tree: TokenTree, level: list[Place]) -> list[list[int]]:
-    """Children (as row * N + node) of a level's nodes, one list for each rank; the nodes with most children first."""
-    children = [(row * tree.num_nodes, tree.shapes[row].children[node]) for row, node in level]
-    most = len(children[0][1]) if children else 0
-    return [[start + nodes[rank] for start, nodes in children if len(nodes) > rank] for rank in range(most)]
-
-
-def _inner_by_level(tree: TokenTree) -> list[list[Place]]:
-    """Nodes with children, of all rows, by depth; on each level those with most children first."""
-    levels: list[list[Place]] = [[] for _ in range(tree.depth)]
-    for row, shape in enumerate(tree.shapes):
-        for node, children in enumerate(shape.children):
-            if children:
-                levels[shape.depths[node]].append((row, node))
-    for level in levels:
-        level.sort(key=lambda place: -len(tree.shapes[place[0]].children[place[1]]))
-    return levels
-
-
-def _children_first(shape: Topology) -> list[int]:
-    """All nodes in the order of trial: each after its children, siblings in draw order; padding last."""
-    order: list[int] = []
-
-    def visit(node: int) -> None:
-        for child in shape.children[node]:
-            visit(child)
-        order.append(node)
-
-    visit(0)
-    return order + [node for node, parent in enumerate(shape.parents) if node and parent == NO_NODE]
-
-
-DRAWN_RULES = {"block": block, "traversal": traversal, "recursive": recursive_rejection}
-
-
-def _chain_nodes(tree: TokenTree, row: int) -> list[int]:
-    nodes = [0]
-    while tree.shapes[row].children[nodes[-1]]:
-        nodes.append(tree.shapes[row].children[nodes[-1]][0])
-    return nodes
-
-
-def _ratio(p: Tensor, q: Tensor, tokens: Tensor) -> Tensor:
-    """p(x)/q(x) of one token per row from [B, V] laws."""
-    at = tokens[:, None]
-    return (p.gather(1, at) / q.gather(1, at).clamp(min=torch.finfo(q.dtype).tiny))[:, 0]
-
-
-def _without(log_q: Tensor, tokens: Tensor) -> Tensor:
-    """The draft laws [M, V] after one draw of each. The logit is masked and softmax taken anew: dividing probabilities
-    by the remaining mass underflows at low temperature.
-    """
-    return log_q.scatter(1, tokens[:, None], -torch.inf)
 
 
 def _emit_decided(decided: Decided, tree: TokenTree, law: TreeLaw, emitter: Emitter) -> Acceptance:

@@ -1,11 +1,12 @@
-"""The drawn rules as their papers write them, one decision after the other: slow, and obvious beside `acceptance`."""
+"""The drawn rules as their papers write them, one decision after the other: slow, and obvious beside `drawn_rules`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from specdec.acceptance import NO_MASS, Decided
+from specdec.drawn_rules import Decided
+from specdec.failures import NO_MASS
 from specdec.law import Law
 from specdec.sampling import Chooser
 from specdec.tree import TokenTree

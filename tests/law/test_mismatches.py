@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 
-from specdec import acceptance
-from specdec.acceptance import DRAWN_RULES, Rule, TreeLaw, accept
+from specdec import drawn_rules, failures
+from specdec.acceptance import Rule, accept
+from specdec.drawn_rules import DRAWN_RULES
 from specdec.emitter import Emitter
 from specdec.grow.shape import chain, shape_of
+from specdec.law import TreeLaw
 from specdec.sampling import Chooser, SamplingParams
 from specdec.tree import TokenTree
 from tests.law import proposals
@@ -115,7 +117,10 @@ def test_a_draft_law_that_keeps_rejected_tokens_is_lossy(
     On tables where draft and target are closer this may stay below TV 0.001, so it is easily overlooked.
     """
     assert distance(propose, by_rule(rule)) < EXACT
-    monkeypatch.setattr(acceptance, "_without", lambda log_q, token: log_q)
+    for module in (drawn_rules, failures):
+        monkeypatch.setattr(module, "without", lambda log_q, tokens: log_q)
+    assert distance(propose, by_rule(rule)) > VISIBLE
+    monkeypatch.setitem(DRAWN_RULES, "traversal", drawn_rules.traversal_at_once)
     assert distance(propose, by_rule(rule)) > VISIBLE
 
 

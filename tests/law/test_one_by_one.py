@@ -1,4 +1,4 @@
-"""Rules that weigh all nodes of all rows at once decide as the rules that go from one node to the next."""
+"""Rules that weigh all nodes of all rows at once, or look no further than they must, decide as their papers do."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from specdec import acceptance
-from specdec.acceptance import Decided
+from specdec import drawn_rules
+from specdec.drawn_rules import Decided
 from specdec.grow.drawn import DrawnGrowth
 from specdec.law import Law, TreeLaw
 from specdec.sampling import Chooser
@@ -21,8 +21,9 @@ from tests.law.tables import PLAIN, Tables, scored
 EXACT = 1e-12
 Decide = Callable[[TokenTree, Law, Chooser], Decided]
 RULES: dict[str, tuple[Decide, Decide]] = {
-    "traversal": (acceptance.traversal, one_by_one.traversal),
-    "recursive": (acceptance.recursive_rejection, one_by_one.recursive_rejection),
+    "traversal in turn": (drawn_rules.traversal_in_turn, one_by_one.traversal),
+    "traversal at once": (drawn_rules.traversal_at_once, one_by_one.traversal),
+    "recursive at once": (drawn_rules.recursive_rejection, one_by_one.recursive_rejection),
 }
 CONTEXTS = [(0,), (2,)]
 
@@ -48,21 +49,22 @@ TABLES = {
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("tables", [pytest.param(tables, id=name) for name, tables in TABLES.items()])
-def test_all_at_once_decides_as_one_by_one(rule: str, tables: Tables) -> None:
-    at_once, in_turn = RULES[rule]
+def test_the_decisions_are_those_of_one_by_one(rule: str, tables: Tables) -> None:
+    fast, plain = RULES[rule]
     shapes = set()
     for seed, policy in enumerate((DrawnGrowth(4, 3, 2), DrawnGrowth(3, 2, 3))):
         tree = grow_rows(policy, tables, CONTEXTS, Chooser(torch.Generator().manual_seed(seed))).tree
         shapes |= set(tree.shapes)
-        assert total_variation(decisions(at_once, tree, tables), decisions(in_turn, tree, tables)) < EXACT
+        assert total_variation(decisions(fast, tree, tables), decisions(plain, tree, tables)) < EXACT
     assert len(shapes) > 1
 
 
 def test_the_comparison_sees_a_rule_that_is_another_one() -> None:
     tables = TABLES["ordinary"]
     tree = grow_rows(DrawnGrowth(4, 3, 2), tables, CONTEXTS, Chooser(torch.Generator().manual_seed(0))).tree
-    one, other = decisions(acceptance.traversal, tree, tables), decisions(one_by_one.recursive_rejection, tree, tables)
-    assert total_variation(one, other) > 0.01
+    other = decisions(one_by_one.recursive_rejection, tree, tables)
+    for name in ("traversal in turn", "traversal at once"):
+        assert total_variation(decisions(RULES[name][0], tree, tables), other) > 0.01
 
 
 class Float32Law:
@@ -78,7 +80,10 @@ class Float32Law:
         return self._p.repeat(len(places), 1)
 
 
-@pytest.mark.parametrize("rule", [acceptance.traversal, one_by_one.traversal, acceptance.block])
+@pytest.mark.parametrize(
+    "rule",
+    [drawn_rules.traversal_in_turn, drawn_rules.traversal_at_once, one_by_one.traversal, drawn_rules.block],
+)
 def test_a_residual_that_is_rounding_leaves_weights_that_are_chances(rule: Decide) -> None:
     """A draft that is its target to rounding: p - q has a mass that 1 + mass does not show in float32.
 
