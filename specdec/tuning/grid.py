@@ -21,6 +21,7 @@ from specdec.tuning.settings import (
     Subject,
     chain_settings,
     deepest,
+    drawn_chains,
     following_settings,
     length_settings,
     loadable,
@@ -41,10 +42,12 @@ def full_grid(subject: Subject, job: Job, table: Path | None, effort: Effort) ->
         return text_settings(subject)
     most = deepest(subject, job.model, effort.depths)
     found = [*chain_settings(subject, most, effort.depths), *length_settings(subject, most, effort.depths)]
+    if subject.is_traceable:
+        found += drawn_chains(subject, most, effort.depths, temperature=job.temperature)
     if target_of(job.model).form == "tree":
         if table is not None and table.is_file() and subject.is_traceable:
             found += tree_settings(subject, most, table, effort.depths, effort.budgets)
-        found += following_settings(subject, most, effort.depths, effort.budgets)
+        found += following_settings(subject, most, effort.depths, effort.budgets, temperature=job.temperature)
     return loadable(found, subject, job.model)
 
 

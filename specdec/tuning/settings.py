@@ -45,6 +45,7 @@ RESETS = {
     "table": "none",
     "min_confidence": "0",
     "length": "none",
+    "children": "chosen",
 }
 """What takes back an option that a drafter directory brings along from an earlier choice."""
 
@@ -110,8 +111,13 @@ class Subject:
 
     @property
     def children(self) -> str:
-        """How its children are obtained: "chosen" or "drawn"."""
-        return self.given.get("children", self.own.get("children", "chosen"))
+        """How its children are obtained when nobody varies it: "chosen" or "drawn"."""
+        return self.given.get("children", "chosen")
+
+    def kinds(self, temperature: float) -> tuple[str, ...]:
+        """How children may be obtained: both ways where sampling leaves the choice, and the user did."""
+        left_open = temperature > 0 and "children" in self.takes and "children" not in self.given
+        return ("chosen", "drawn") if left_open else (self.children,)
 
     @property
     def is_traceable(self) -> bool:
@@ -199,14 +205,28 @@ def tree_settings(
 
 
 def following_settings(
-    subject: Subject, most: int, depths: Sequence[int] = DEPTHS, budgets: Sequence[int] = BUDGETS
+    subject: Subject,
+    most: int,
+    depths: Sequence[int] = DEPTHS,
+    budgets: Sequence[int] = BUDGETS,
+    *,
+    temperature: float = 0.0,
 ) -> Iterator[Setting]:
-    """Trees that follow the text, of every depth and budget."""
-    words: Sequence[str] = FOLLOWING[subject.children]
-    for word, depth, budget in product(words, [depth for depth in depths if depth <= most], budgets):
-        options = {"grow": word, "depth": str(depth), "budget": str(budget)}
+    """Trees that follow the text, of every depth and budget; when sampling, of chosen and of drawn children."""
+    words = [(kind, word) for kind in subject.kinds(temperature) for word in FOLLOWING[kind]]
+    for (kind, word), depth, budget in product(words, [depth for depth in depths if depth <= most], budgets):
+        options = {"grow": word, "depth": str(depth), "budget": str(budget), **_how(kind, subject)}
         if budget > depth and subject.allows(options):
             yield Setting(options, None, word)
+
+
+def drawn_chains(
+    subject: Subject, most: int, depths: tuple[int, ...] = DEPTHS, *, temperature: float = 0.0
+) -> Iterator[Setting]:
+    """Chains of 1, 2, ... drawn tokens, where they may be drawn; no trace tells of these."""
+    if "drawn" in subject.kinds(temperature):
+        for setting in chain_settings(subject, most, depths):
+            yield Setting({**setting.options, **_how("drawn", subject)}, None, "fixed")
 
 
 def length_settings(subject: Subject, most: int, depths: Sequence[int]) -> Iterator[Setting]:
@@ -225,6 +245,11 @@ def loadable(settings: Iterable[Setting], subject: Subject, model: PreTrainedMod
             load_drafter(subject.spec(setting), model)
             taken.append(setting)
     return taken
+
+
+def _how(kind: str, subject: Subject) -> dict[str, str]:
+    """The option that obtains children in this way, where they would not be obtained so anyway."""
+    return {} if kind == subject.children else {"children": kind}
 
 
 def _shape(word: str, depth: int, budget: int, table: Path | None) -> Shape:

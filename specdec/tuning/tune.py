@@ -35,6 +35,7 @@ from specdec.tuning.settings import (
     Subject,
     chain_settings,
     deepest,
+    drawn_chains,
     following_settings,
     length_settings,
     loadable,
@@ -223,12 +224,15 @@ class Tuner:
         depth, nodes = (best.depth, len(best.children)) if best is not None else (4, 12)
         depths, budgets = near(self.effort.depths, depth)[-2:], near(self.effort.budgets, nodes)
         found = [*length_settings(self.subject, most, depths[-1:])]
+        temperature = self.job.temperature
         if not self.subject.is_traceable:
             found += [
                 replace(setting, shape=None) for setting in chain_settings(self.subject, most, self.effort.depths)
             ]
+        else:
+            found += drawn_chains(self.subject, most, self.effort.depths, temperature=temperature)
         if target_of(self.job.model).form == "tree":
-            found += following_settings(self.subject, most, depths, budgets)
+            found += following_settings(self.subject, most, depths, budgets, temperature=temperature)
         return loadable(found, self.subject, self.job.model)
 
     def _finalists(self, priced: Sequence[Expectation]) -> list[Setting]:

@@ -19,7 +19,15 @@ from specdec.tuning.choice import check_out, keep
 from specdec.tuning.decoded import Decoded, Job, decode_all, overhead_of, typical, verify_ratios
 from specdec.tuning.grid import full_grid, measured_grid, rounds
 from specdec.tuning.pricing import Prices, expectation, expectation_of
-from specdec.tuning.settings import NO_SPECULATION, Setting, Subject, chain_settings, subject_of
+from specdec.tuning.settings import (
+    NO_SPECULATION,
+    Setting,
+    Subject,
+    chain_settings,
+    drawn_chains,
+    following_settings,
+    subject_of,
+)
 from specdec.tuning.traces import Step
 from specdec.tuning.tune import Effort, Tuned, near, tune
 from tests.tiny import perturbed, prompt, shared_draft, shared_target
@@ -332,6 +340,27 @@ def test_out_is_refused_before_anything_is_measured(draft: Path, tmp_path: Path)
 
 
 def test_settings_of_a_directory_take_back_its_own_options():
-    subject = Subject("dir", {}, {"table": "x", "budget": "9", "children": "drawn"}, "D", frozenset({"grow"}))
+    subject = Subject(
+        "dir", {}, {"table": "x", "budget": "9", "children": "drawn"}, "D", frozenset({"grow", "children"})
+    )
     chain = next(iter(chain_settings(subject, 2, (1, 2))))
-    assert subject.spec(chain) == "dir:table=none,budget=1,grow=fixed,depth=1"
+    assert subject.spec(chain) == "dir:table=none,budget=1,children=chosen,grow=fixed,depth=1"
+    drawn = next(iter(drawn_chains(subject, 2, (1, 2), temperature=1.0)))
+    assert subject.spec(drawn) == "dir:table=none,budget=1,children=drawn,grow=fixed,depth=1"
+
+
+@pytest.mark.parametrize("given", [{}, {"children": "chosen"}, {"children": "drawn"}])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_children_are_varied_when_sampling_unless_they_are_given(given: dict[str, str], temperature: float):
+    subject = Subject("dir", given, {}, "D", frozenset({"grow", "children"}))
+    trees = following_settings(subject, 2, (2,), (4,), temperature=temperature)
+    chains = drawn_chains(subject, 2, (2,), temperature=temperature)
+    kinds = {entry.options.get("children", given.get("children", "chosen")) for entry in [*trees, *chains]}
+    assert kinds == ({given["children"]} if given else {"chosen", "drawn"} if temperature else {"chosen"})
+
+
+def test_drawn_children_are_tried_when_sampling(draft: Path):
+    found = tune(job(1, temperature=1.0), str(draft), costs=costs(per_level=0.01, per_node=0.001),
+                 effort=Effort(depths=(1, 2), budgets=(4,), few=1, finalists=1))  # fmt: skip
+    ways = {(entry.setting.growth, entry.setting.options.get("children")) for entry in found.considered}
+    assert ways >= {("fixed", None), ("fixed", "drawn"), ("calibrated", None), ("calibrated", "drawn")}
