@@ -13,9 +13,10 @@ For chosen children a is the chance that the target's token is this child, for d
 accepted once its elder siblings are rejected. Only past steps enter the tables, and a slot's key looks at no draw but
 the earlier ones, so both are lossless.
 
-A table holds a at some probabilities, the knots; between them log a is a straight line in log q. What is learned is not
-a itself but how many times more often than first believed a child is accepted: with few outcomes a keeps the order
-that the draft gives, and no two probabilities are thrown together.
+A table holds a at some probabilities, the knots. Between them a is a straight line in log q for drawn children; for
+chosen ones, whose acceptance falls with q down to nothing, log a is. What is learned is not a itself but how many times
+more often than first believed a child is accepted: with few outcomes a keeps the order that the draft gives, and no two
+probabilities are thrown together.
 
 Dimensions: B rows, F nodes of a frontier, K children, M nodes, W draws, G knots, V vocabulary.
 """
@@ -47,7 +48,7 @@ LOWEST = math.log2(KNOTS[0])
 RANKS = 16
 """Ranks with a row of their own; later ones share the last."""
 
-LOOKED_AT = 64
+LOOKED_AT = 16
 """Tokens of a law that a slot's key takes one by one; the rest counts as tokens of their mean probability."""
 
 FORMAT = "specdec-calibration-2"
@@ -82,12 +83,21 @@ class AcceptanceTable:
     def of(self, shares: Tensor) -> Tensor:
         """Acceptance of children with these draft probabilities [..., K] in rank order."""
         ranks = torch.arange(shares.shape[-1], device=shares.device).clamp(max=RANKS - 1)
-        return self._between(self._log_rates, shares, ranks.expand_as(shares))
+        return self._between(self._heights, shares, ranks.expand_as(shares))
 
-    def of_ranks(self, count: int, shares: Tensor) -> Tensor:
-        """Acceptance of tokens with these draft probabilities [...] at each of the first ranks, [count, ...]."""
-        ranks = torch.arange(count, device=shares.device).clamp(max=RANKS - 1)
-        return self._between(self._log_rates, shares, ranks.view(-1, *[1] * shares.ndim))
+    def of_ranks(self, count: int) -> Tensor:
+        """Acceptance at the knots for each of the first ranks, [count, G]."""
+        return self.rates[torch.arange(count).clamp(max=RANKS - 1)]
+
+    def at_knots(self, masses: Tensor, shares: Tensor) -> Tensor:
+        """Masses [M, K] of tokens with these draft probabilities, each split between the knots around it; [M, K, G].
+
+        Where a is a straight line between knots, what such masses give at the knots is what they give at the tokens.
+        """
+        low, part, _ = self._place(shares)
+        split = torch.zeros(*shares.shape, len(KNOTS), dtype=masses.dtype, device=masses.device)
+        split.scatter_(-1, low[..., None], (masses * (1.0 - part))[..., None])
+        return split.scatter_(-1, low[..., None] + 1, (masses * part)[..., None])
 
     def learn(self, outcomes: list[tuple[int, float, bool]]) -> None:
         """Rank, draft probability and fate of children that were tried."""
@@ -96,7 +106,7 @@ class AcceptanceTable:
         ranks = torch.tensor([rank for rank, _, _ in outcomes]).clamp(max=RANKS - 1)
         shares = torch.tensor([share for _, share, _ in outcomes], dtype=torch.float64)
         fates = torch.tensor([float(fate) for _, _, fate in outcomes], dtype=torch.float64)
-        believed = self._between(self._prior.log2(), shares, ranks)
+        believed = self._between(self._prior.log2() if self._falls else self._prior, shares, ranks)
         low, part, _ = self._place(shares)
         for knot, weight in ((low, 1.0 - part), (low + 1, part)):
             cells = ranks * len(KNOTS) + knot
@@ -115,13 +125,13 @@ class AcceptanceTable:
     def set_rates(self, rates: Tensor) -> None:
         """Take these rates [RANKS, G] until the next outcomes."""
         self.rates = rates.clamp(min=2**-40, max=1.0)
-        self._log_rates = self.rates.log2()
+        self._heights = self.rates.log2() if self._falls else self.rates
 
-    def _between(self, log_rates: Tensor, shares: Tensor, ranks: Tensor) -> Tensor:
+    def _between(self, heights: Tensor, shares: Tensor, ranks: Tensor) -> Tensor:
         low, part, below = self._place(shares)
-        rows = log_rates.to(shares.device, shares.dtype)
+        rows = heights.to(shares.device, shares.dtype)
         height = torch.lerp(rows[ranks, low], rows[ranks, low + 1], part)
-        return (height + below if self._falls else height).exp2()
+        return (height + below).exp2() if self._falls else height
 
     def _place(self, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The knot below each probability, how far it is to the next one, and log2 of how far below all knots."""
@@ -155,25 +165,26 @@ class DrawnValues:
         """The table's smallest and largest rate for a first draw."""
         return float(self.table.rates[0].min()), float(self.table.rates[0].max())
 
-    def of(self, q: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """[M, W] each, for laws q [M, V] and draws' probabilities [M, W]."""
-        of_ranks = self.table.of_ranks(shares.shape[1], shares).transpose(0, 1)  # [M, W (rank), W (draw)]
-        accept = of_ranks.diagonal(dim1=1, dim2=2)
-        stay = _exclusive((1.0 - accept).cumprod(1), 1.0)
-        taken = (shares[:, None] * of_ranks).tril(-1).sum(-1)
-        left = (1.0 - _exclusive(shares.cumsum(1), 0.0)).clamp(min=1e-6)
-        # E_{y ~ R_j}[a(j, q(y))]: the whole law's sum for draw j, without the part of the draws before j.
-        expected = ((self._whole(q, shares.shape[1]) - taken).clamp(min=0.0) / left).clamp(max=1.0)
-        return stay * expected, stay * accept
-
-    def _whole(self, q: Tensor, width: int) -> Tensor:
-        """E_{y ~ q}[a(j, q(y))], [M, W]."""
+    def seen(self, q: Tensor) -> Tensor:
+        """The laws' mass at the knots, [M, G]."""
         likeliest = q.topk(min(LOOKED_AT, q.shape[1]), dim=1).values
         rest = (1.0 - likeliest.sum(1)).clamp(min=0.0)
         squares = (q.square().sum(1) - likeliest.square().sum(1)).clamp(min=0.0)
         mean = torch.where(rest > 1e-6, squares / rest.clamp(min=1e-6), torch.zeros_like(rest))
         tokens, masses = torch.cat([likeliest, mean[:, None]], 1), torch.cat([likeliest, rest[:, None]], 1)
-        return (masses * self.table.of_ranks(width, tokens)).sum(-1).T
+        return self.table.at_knots(masses.double(), tokens.double()).sum(1)
+
+    def of(self, seen: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """[M, W] each, for the laws' mass at the knots [M, G] and the draws' probabilities [M, W]."""
+        shares = shares.double()
+        accept = self.table.of(shares)
+        stay = _exclusive((1.0 - accept).cumprod(1), 1.0)
+        drawn = _exclusive(self.table.at_knots(shares, shares).cumsum(1), 0.0)  # by the draws before each, [M, W, G]
+        left = (1.0 - _exclusive(shares.cumsum(1), 0.0)).clamp(min=1e-6)
+        # E_{y ~ R_j}[a(j, q(y))], with what the draws before j took away from the law.
+        rates = self.table.of_ranks(shares.shape[1]).to(seen.device)
+        expected = (((seen[:, None] - drawn).clamp(min=0.0) * rates).sum(-1) / left).clamp(max=1.0)
+        return stay * expected, stay * accept
 
 
 def _exclusive(cumulated: Tensor, first: float) -> Tensor:

@@ -41,8 +41,12 @@ class SlotValues(Protocol):
         """No first slot has a smaller key than the one, or a larger one than the other."""
         ...
 
-    def of(self, q: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """From the law q [M, V] and the draws' q [M, W]: keys [M, W] and the reach of each drawn child [M, W].
+    def seen(self, q: Tensor) -> Tensor:
+        """What keys need of laws q [M, V]: some numbers of each, [M, ...]."""
+        ...
+
+    def of(self, seen: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """From what was seen of laws and the draws' q [M, W]: keys [M, W] and the reach of each drawn child [M, W].
 
         Key j may use the law and draws before j; reach j may use draw j as well.
         """
@@ -54,7 +58,11 @@ class DraftProbabilities:
 
     first = (1.0, 1.0)
 
-    def of(self, q: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    def seen(self, q: Tensor) -> Tensor:
+        """Nothing."""
+        return q[:, :0]
+
+    def of(self, seen: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """Draft mass not drawn yet, and the draws' own."""
         left = 1.0 - shares.cumsum(-1)
         return torch.cat([torch.ones_like(left[:, :1]), left[:, :-1]], 1).clamp(min=0.0), shares
@@ -119,41 +127,43 @@ class DrawnGrowth:
         """Draws at every node of the frontier; padding is left out, so that it costs no randomness."""
         laws = law.flatten(0, 1) if bool(slots.live.all()) else law[slots.live.to(law.device)]
         q = laws.softmax(-1)
+        seen = self.values.seen(q)
         width = min(width, q.shape[1])
         draws = Draws(q.shape[0], width)
         if slots.count + q.shape[0] < self.budget and not self.threshold:  # so few that every slot may be reached
             tokens = chooser.draw_without_replacement(laws, width)
             shares = q.gather(1, tokens)
             exists = laws.gather(1, tokens).isfinite()
-            keys, reaches = self.values.of(q, shares)
+            keys, reaches = self.values.of(seen, shares)
             draws.put(slice(None), tokens, shares, keys.masked_fill(~exists, 0.0), reaches.masked_fill(~exists, 0.0))
             return draws
         tokens = chooser.draw_without_replacement(laws, 1)
         shares = q.gather(1, tokens)
         # The key of a second slot looks at the first draw alone: what stands in for the second one does not matter.
-        keys, reaches = self.values.of(q, shares.repeat(1, min(width, 2)))
+        keys, reaches = self.values.of(seen, shares.repeat(1, min(width, 2)))
         draws.put(slice(None), tokens, shares, keys[:, :1], reaches[:, :1])
         if width > 1:
             second = keys[:, 1].double().cpu()
             open_ = slots.may_be_reached(draws.keys[:, 0], second, self.budget, self.threshold).nonzero()[:, 0]
             at = open_.to(q.device)
-            self._draw_the_rest(open_, laws[at], q[at], tokens[at], chooser, draws)
+            self._draw_the_rest(open_, laws[at], q[at], seen[at], tokens[at], chooser, draws)
         return draws
 
     def _draw_the_rest(
-        self, open_: Tensor, laws: Tensor, q: Tensor, first: Tensor, chooser: Chooser, draws: Draws
+        self, open_: Tensor, laws: Tensor, q: Tensor, seen: Tensor, first: Tensor, chooser: Chooser, draws: Draws
     ) -> None:
         """All later draws at the nodes `open_` [A], whose laws [A, V] and first draws [A, 1] are given."""
         left = laws.scatter(1, first, -torch.inf)
         has_mass = left.amax(1) > -torch.inf
         if not bool(has_mass.all()):
-            open_, left, q, first = open_[has_mass.cpu()], left[has_mass], q[has_mass], first[has_mass]
+            open_, left, first = open_[has_mass.cpu()], left[has_mass], first[has_mass]
+            q, seen = q[has_mass], seen[has_mass]
         if not open_.numel():
             return
         rest = chooser.draw_without_replacement(left, draws.width - 1)
         tokens = torch.cat([first, rest], 1)
         shares = q.gather(1, tokens)
-        keys, reaches = self.values.of(q, shares)
+        keys, reaches = self.values.of(seen, shares)
         exists = torch.cat([torch.ones_like(first, dtype=torch.bool), left.gather(1, rest).isfinite()], 1)
         draws.put(open_, tokens, shares, keys.masked_fill(~exists, 0.0), reaches.masked_fill(~exists, 0.0))
 

@@ -124,15 +124,15 @@ def test_a_room_of_one_gives_one_exact_level(make: Callable[[], GrowthPolicy]) -
 class LooksAtTheDraw(DraftProbabilities):
     """A slot is worth what its own token turned out to be worth."""
 
-    def of(self, q: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, seen: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         return shares, shares
 
 
 class LooksAtTheDrawByTable(DrawnValues):
     """The calibrated key without its expectation."""
 
-    def of(self, q: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        _, reaches = super().of(q, shares)
+    def of(self, seen: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        _, reaches = super().of(seen, shares)
         return reaches, reaches
 
 
