@@ -87,11 +87,11 @@ would make it half as large again, and running a target of 7 M costs less than D
 
 
 def demo_recipe(kind: str, steps: int, model: Any) -> Recipe:
-    """A kind's recipe fitted to the demo target: rows of 256 tokens, 1024 tokens in a step, bf16 products.
+    """A kind's recipe fitted to the demo target: rows of 256 tokens, 1024 tokens in a step.
 
     Of medusa2 both stages have so many steps.
     """
-    loop = {"steps": steps, "rows_per_step": 4, "rows_at_once": 4, "bf16": True, "save_every": 100,
+    loop = {"steps": steps, "rows_per_step": 4, "rows_at_once": 4, "save_every": 100,
             "evaluate_every": 400}  # fmt: skip
     data = {"row_length": DOCUMENT, "validation_prompts": PROMPTS, "validation_tokens": 48}
     head = {"options": OPTIONS[kind], **({"frozen_steps": steps} if kind == MEDUSA_2 else {})}
