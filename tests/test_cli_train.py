@@ -6,11 +6,13 @@ import copy
 import importlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -307,8 +309,8 @@ def test_two_processes_agree_with_one_stop_together_and_go_on(folder: Path, tmp_
     process = start(*arguments)
     assert process.stdout is not None
     for line in process.stdout:
-        if json.loads(line)["step"] == 2:
-            process.send_signal(signal.SIGINT)
+        if json.loads(line).get("step") == 2:
+            interrupt_within_a_step(process)
             break
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
@@ -390,8 +392,27 @@ def kill_a_worker(process: subprocess.Popen[str]) -> None:
 def kill_one_of(process: subprocess.Popen[str]) -> None:
     """SIGKILL to one process of the run."""
     found = subprocess.run(["pgrep", "-f", "train_process"], capture_output=True, text=True, check=True).stdout.split()
-    workers = [pid for pid in map(int, found) if descends(pid, process.pid)]
-    os.kill(max(workers), signal.SIGKILL)
+    return max(pid for pid in map(int, found) if descends(pid, process.pid))
+
+
+def interrupt_within_a_step(process: subprocess.Popen[str]) -> None:
+    """Ctrl-C that reaches the processes before they finish another step: one of them stands still until it is there."""
+    worker = one_of(process)
+    os.kill(worker, signal.SIGSTOP)
+    try:
+        process.send_signal(signal.SIGINT)
+        until = time.monotonic() + 60
+        while not is_pending(worker, signal.SIGTERM):
+            assert time.monotonic() < until, "the command passes the signal on"
+            time.sleep(0.01)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal waits for a process that stands still."""
+    pending = re.search(r"^ShdPnd:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return pending is not None and bool(int(pending[1], 16) >> (number - 1) & 1)
 
 
 def descends(pid: int, ancestor: int) -> bool:
@@ -413,6 +434,11 @@ def descends(pid: int, ancestor: int) -> bool:
     [
         (("--set", "loop.step=3"), "no setting 'step'"),
         (("--set", "steps"), "expected section.name=value"),
+    os.kill(one_of(process), signal.SIGKILL)
+
+
+def one_of(process: subprocess.Popen[str]) -> int:
+    """The id of one process of the run."""
         (("--set", "loop.steps=3"), "given twice, by --set and by --steps"),
         (("--set", "objective.divergence=klx"), "no divergence 'klx'"),
         (("--batch-rows", 7, "--processes", 2), "cannot be shared by 2 processes"),
