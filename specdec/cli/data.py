@@ -36,7 +36,7 @@ from specdec.train.prepare import Prepared, open_prepared
 from specdec.train.prepare import prepare as prepare_data
 from specdec.train.prepared import MANIFEST
 from specdec.train.preview import coloured, plain, segments
-from specdec.train.recipe import recipe_for
+from specdec.train.recipe import DRAFT_MODEL, recipe_for
 from specdec.train.regenerate import Answerer, Regenerated, RegenerateSettings, asked_of
 from specdec.train.regenerate import regenerate as regenerate_answers
 from specdec.train.run import make_training
@@ -315,14 +315,17 @@ def features(
     """
     if (taps is None) == (kind is None):
         raise typer.BadParameter("give either --taps or --kind")
+    if kind == DRAFT_MODEL:
+        raise typer.BadParameter("a draft model reads no hidden states of the target; there is nothing to cache for it")
     wanted = _numbers(taps) if taps is not None else ()
+    recipe = None if kind is None else recipe_for(kind)
     if threads:
         _set_threads(threads)
     data = open_prepared(prepared)
     adapter = target_of(load_model(target, _dtype_of(target, dtype), device))
     needs_logits = True
-    if kind is not None:
-        training = make_training(head_recipe(recipe_for(kind)), adapter)
+    if recipe is not None:
+        training = make_training(head_recipe(recipe), adapter)
         wanted, needs_logits = training.taps, training.needs_logits
     if packed:
         check_packing(adapter)

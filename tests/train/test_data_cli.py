@@ -158,6 +158,16 @@ def test_features_of_a_kind_are_those_that_it_reads(target: Path, source: Path, 
     assert json.loads(result.stdout)["taps"] == ["before-norm"]
 
 
+def test_features_of_a_kind_that_reads_none_are_refused(target: Path, source: Path, tmp_path: Path):
+    data = prepared(target, source, tmp_path / "data")
+    for kind, words, status in (("draft-model", "reads no hidden states", 2), ("medusa9", "no kind 'medusa9'", 1)):
+        result = run("features", data, "--target", target, "--out", tmp_path / "cache", "--kind", kind, "-y")
+        assert result.exit_code == status
+        assert words in result.stderr.splitlines()[-1]
+        assert "Traceback" not in result.stderr
+        assert not (tmp_path / "cache").exists()
+
+
 def test_features_refuse_data_of_another_tokenizer(target: Path, source: Path, tmp_path: Path):
     data = prepared(target, source, tmp_path / "data")
     result = run("features", data, "--target", "demo", "--out", tmp_path / "cache", "--taps", "1", "-y")
