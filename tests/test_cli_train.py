@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
 from specdec.cli import app
+from specdec.drafters.directory import drafter_in
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.load import load_drafter
 from specdec.drafters.medusa import MedusaDrafter
@@ -274,6 +275,29 @@ def test_weights_of_another_drafter_can_be_the_beginning(folder: Path, tmp_path:
     assert max(float((before[name] - unlike[name]).abs().max()) for name in before) > 1e-4
 
 
+@pytest.mark.parametrize("place", [".", "best", "latest", "step-000006"])
+def test_a_run_can_be_the_beginning_of_another(folder: Path, tmp_path: Path, place: str):
+    finished(train(folder, tmp_path / "run", "--from", folder / "whole" / place, "--steps", 1, "--lr", 1e-12))
+    drafter = folder / "whole" / ("best" if place == "." else place) / "drafter"
+    finished(train(folder, tmp_path / "same", "--from", drafter, "--steps", 1, "--lr", 1e-12))
+    assert same(tmp_path / "run", tmp_path / "same", 1)
+
+
+def test_a_run_that_was_killed_has_its_newest_drafter(folder: Path, tmp_path: Path):
+    shutil.copytree(folder / "whole" / "step-000006", tmp_path / "killed" / "step-000006")
+    (tmp_path / "killed" / "latest").symlink_to("step-000006")
+    assert drafter_in(tmp_path / "killed") == tmp_path / "killed" / "latest" / "drafter"
+    finished(train(folder, tmp_path / "run", "--from", tmp_path / "killed", "--steps", 1))
+
+
+def test_a_draft_model_begins_with_that_of_a_run(folder: Path, tmp_path: Path):
+    save(perturbed(make_target(), 0.05), tmp_path / "draft")
+    short = ("--steps", 2, "--evaluate-every", 0)
+    finished(train(folder, tmp_path / "run", "--from", tmp_path / "draft", *short, kind="draft-model"))
+    finished(train(folder, tmp_path / "more", "--from", tmp_path / "run", *short, kind="draft-model"))
+    assert not same(tmp_path / "run", tmp_path / "more", 2)
+
+
 def test_recomputed_layers_learn_the_same(folder: Path, tmp_path: Path):
     for name, more in (("kept", ()), ("recomputed", ("--gradient-checkpointing",))):
         finished(train(folder, tmp_path / name, "--steps", 3, *more, kind="eagle3"))
@@ -391,6 +415,11 @@ def kill_a_worker(process: subprocess.Popen[str]) -> None:
 
 def kill_one_of(process: subprocess.Popen[str]) -> None:
     """SIGKILL to one process of the run."""
+    os.kill(one_of(process), signal.SIGKILL)
+
+
+def one_of(process: subprocess.Popen[str]) -> int:
+    """The id of one process of the run."""
     found = subprocess.run(["pgrep", "-f", "train_process"], capture_output=True, text=True, check=True).stdout.split()
     return max(pid for pid in map(int, found) if descends(pid, process.pid))
 
@@ -434,11 +463,6 @@ def descends(pid: int, ancestor: int) -> bool:
     [
         (("--set", "loop.step=3"), "no setting 'step'"),
         (("--set", "steps"), "expected section.name=value"),
-    os.kill(one_of(process), signal.SIGKILL)
-
-
-def one_of(process: subprocess.Popen[str]) -> int:
-    """The id of one process of the run."""
         (("--set", "loop.steps=3"), "given twice, by --set and by --steps"),
         (("--set", "objective.divergence=klx"), "no divergence 'klx'"),
         (("--batch-rows", 7, "--processes", 2), "cannot be shared by 2 processes"),

@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from specdec.drafters.directory import fingerprint
+from specdec.drafters.directory import drafter_in, fingerprint
 from specdec.drafters.load import load_model
 from specdec.environment import weights_sample
 from specdec.errors import BadRecipe
@@ -87,8 +87,8 @@ class DraftSettings:
     """What the `[head]` section of a draft model's recipe says.
 
     Attributes:
-        draft: directory of the model to begin with, "target" for a model that is cut from the target, or "scratch" for
-            a fresh one.
+        draft: directory of the model to begin with, or of a run that trained one; "target" for a model that is cut from
+            the target, or "scratch" for a fresh one.
         learns: "law" or "tokens", see `DraftModelTraining`.
         keep_share: below 1, AdaSPEC's token filter.
         reference: directory of the filter's reference draft; without one it is distilled first, from the same start.
@@ -211,7 +211,7 @@ def train_draft_model(
     }  # fmt: skip
     reference: PreTrainedModel | None = None
     if settings.reference:
-        reference = load_model(Path(settings.reference).expanduser(), model, torch.float32)
+        reference = _model_in(settings.reference, model, torch.float32)
     elif settings.distils_reference:
         reference = copy.deepcopy(begun)
         plain = replace(recipe, head={**recipe.head, "keep_share": 1.0, "reference": ""})
@@ -317,10 +317,10 @@ def starting_draft(
             raise BadRecipe(
                 "the target itself cannot be its draft model; say what to cut, such as [head.cut] num_layers=4"
             )
-        return load_model(Path(settings.draft).expanduser(), model, torch.float32)
+        return _model_in(settings.draft, model, torch.float32)
     start = out / "start"
     if (accelerator is None or accelerator.is_main_process) and not start.exists():
-        whole = model if settings.draft == TARGET else load_model(Path(settings.draft).expanduser(), model)
+        whole = model if settings.draft == TARGET else _model_in(settings.draft, model)
         rows = calibration_rows(documents, recipe.data.row_length, CALIBRATION_ROWS)
         cut = cut_by_importance(whole, settings.sizes, rows)
         with unfinished_folder(start) as folder:
@@ -328,3 +328,8 @@ def starting_draft(
     if accelerator is not None:
         accelerator.wait_for_everyone()
     return load_model(start, model, torch.float32)
+
+
+def _model_in(path: str, target: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model in a directory, or that of a training run; see `load_model`."""
+    return load_model(drafter_in(Path(path).expanduser()), target, dtype)

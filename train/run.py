@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from specdec import formats
-from specdec.drafters.directory import fingerprint
+from specdec.drafters.directory import drafter_in, fingerprint
 from specdec.drafters.head import head_for
 from specdec.drafters.load import HEAD_DRAFTERS, NOT_OPTIONS
 from specdec.environment import weights_sample
@@ -81,7 +81,7 @@ def train_head(
         out: directory of the run.
         prompts: held-out prompts to decode for validation; none means no validation.
         data_identity: says which data this is; a resumed run must agree.
-        begin_from: a draft head of this kind whose weights the first step begins with.
+        begin_from: a draft head of this kind whose weights the first step begins with, or a run that has one.
         recompute: decoder layers of the head are run again in the backward pass instead of being remembered.
         report: hears of every step and validation.
         restored: called once everything fits and the newest checkpoint is taken up, before the first step.
@@ -160,6 +160,7 @@ def _begun(recipe: Recipe, target: Target, path: Path) -> nn.Module:
     shaping = sorted(name.removeprefix("head.") for name in recipe.given if name.startswith("head."))
     if wrong := [name for name in shaping if name not in NOT_OF_THE_HEAD]:
         raise BadRecipe(f"[head] {wrong[0]} cannot be chosen for a head that is there already ({path}); leave it out")
+    path = drafter_in(path)
     checkpoint = formats.read(path)
     wanted = "hydra" if recipe.kind == "hydra++" else recipe.kind
     if checkpoint.kind != wanted:

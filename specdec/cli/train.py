@@ -131,7 +131,7 @@ def train(
     ] = None,
     begin_from: Annotated[
         str | None,
-        typer.Option("--from", help="Begin with the weights of this drafter.", show_default=False),
+        typer.Option("--from", help="Begin with the weights of this drafter, or run.", show_default=False),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Refuse an --out that holds checkpoints.")] = False,
     gradient_checkpointing: Annotated[

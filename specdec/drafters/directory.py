@@ -42,6 +42,18 @@ class DrafterJson:
     format_version: int = FORMAT_VERSION
 
 
+def drafter_in(path: Path) -> Path:
+    """Where a drafter lies: in the path itself, or of a training run or one of its checkpoints, in a folder of it.
+
+    Of a run the best drafter is meant, the newest one where none was measured, also after it was broken off.
+    """
+    if not (path / "drafter.json").is_file():
+        for place in ("best/drafter", "drafter", "latest/drafter"):
+            if (path / place).is_dir():
+                return path / place
+    return path
+
+
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """What must agree between a drafter's target and the model it is used with."""
     config = model.config.get_text_config(decoder=True)

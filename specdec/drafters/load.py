@@ -8,7 +8,7 @@ demo-draft:depth=4,budget=12      the draft model that ships with specdec
 demo-eagle3:depth=4,budget=12     a draft head that ships: demo-medusa, -hydra, -eagle, -eagle3, -kangaroo
 path/to/model:depth=4,budget=12   a draft model
 path/to/drafter                   a directory with drafter.json
-path/to/run                       the best drafter of a training run, which is in path/to/run/drafter
+path/to/run                       the best drafter of a training run
 suffix:min_match=5+NAME           a text match where there is one, any of the above elsewhere
 path/to/heads:budget=30           a draft head in any format of specdec.formats
 path/to/model:length=adaedl       any of the above under a length policy of specdec.lengths
@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from specdec import demo, formats
 from specdec.drafter import Drafter
 from specdec.drafters.block import BlockDrafter
-from specdec.drafters.directory import DrafterJson, check_fingerprint, read_drafter_json
+from specdec.drafters.directory import DrafterJson, check_fingerprint, drafter_in, read_drafter_json
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.early_exit import EarlyExitDrafter
@@ -179,8 +179,7 @@ def _from_path(path: Path, options: dict[str, str], model: PreTrainedModel) -> D
         hint = f"; did you mean {close[0]!r}?" if close else ""
         words = ", ".join(known)
         raise UnknownDrafter(f"no drafter {str(path)!r}: neither a known word ({words}) nor an existing path{hint}")
-    if not (path / "drafter.json").is_file() and (path / "drafter").is_dir():  # of a training run: its best drafter
-        path = path / "drafter"
+    path = drafter_in(path)
     if (path / "drafter.json").is_file():
         described = read_drafter_json(path)
         check_fingerprint(described, path, model)
