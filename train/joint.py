@@ -162,8 +162,10 @@ def train_medusa2(
         SpecdecError: settings, data or checkpoints that do not fit; says which.
     """
     require_peft()
+    recipe = beginning_with(recipe, begin_from)
+    JointSettings.of(recipe)  # what this kind cannot have is said before what does not fit the run
     target, processes = target_of(model), 1 if accelerator is None else accelerator.num_processes
-    recipe = beginning_with(recipe, begin_from).fitted(processes, target.max_positions, target.hidden_size)
+    recipe = recipe.fitted(processes, target.max_positions, target.hidden_size)
     settings = JointSettings.of(recipe)
     common: dict[str, Any] = {
         "prompts": prompts, "data_identity": data_identity, "resume": resume, "accelerator": accelerator,
