@@ -19,7 +19,7 @@ from specdec.train.order import Order
 
 
 class TargetsOwnText:
-    """The only pen is the target's; the head in training makes it write faster without changing its law."""
+    """The only pen is the target's; the head in training may draft for it, which does not change its law."""
 
     def __init__(self, training: HeadTraining) -> None:
         self.training = training
@@ -60,7 +60,6 @@ class TwoStages:
         return numbers[0] >= self.first_written and self.written.reads_weights(numbers)
 
 
-def written_source(training: HeadTraining, documents: Documents, order: Order, temperature: float) -> MixedSource:
+def written_source(training: HeadTraining, documents: Documents, order: Order, writing: Writing) -> MixedSource:
     """Rows whose documents the target continues behind their beginnings, up to their old length."""
-    shares = TextShares(fixed=0.0, target=1.0)
-    return MixedSource(documents, order, shares, TargetsOwnText(training), Writing(temperature=temperature))
+    return MixedSource(documents, order, TextShares(fixed=0.0, target=1.0), TargetsOwnText(training), writing)

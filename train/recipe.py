@@ -47,6 +47,8 @@ class DataSettings:
         written_from: share of the run after which the target writes the documents anew behind their beginnings (the MLP
             speculator's second stage); 1 for never.
         written_temperature: at which it writes.
+        written_speculative: the head in training drafts for it. Worth it for a large target and few rows at once; a
+            batch that keeps the hardware busy is faster without. The law stays, the sampled text does not.
     """
 
     row_length: int = 512
@@ -56,6 +58,7 @@ class DataSettings:
     validation_temperature: float = 0.0
     written_from: float = 1.0
     written_temperature: float = 1.0
+    written_speculative: bool = False
 
     def __post_init__(self) -> None:
         if self.row_length < 4:

@@ -38,6 +38,7 @@ from specdec.train.kinds.kangaroo import KangarooTraining
 from specdec.train.kinds.medusa import MedusaTraining
 from specdec.train.kinds.sequential import CloverTraining, HydraTraining, MLPSpeculatorTraining
 from specdec.train.loop import Loop, Score, StepReport
+from specdec.train.on_policy import Writing
 from specdec.train.order import Order, Piece
 from specdec.train.processes import accelerator_for
 from specdec.train.recipe import Recipe
@@ -240,7 +241,9 @@ def recompute_layers(module: nn.Module, kind: str) -> None:
 
 def _how_rows_are_made(recipe: Recipe) -> dict[str, Any]:
     data = recipe.data
-    written = None if data.written_from == 1 else [data.written_from, data.written_temperature]
+    written: list[Any] | None = None if data.written_from == 1 else [data.written_from, data.written_temperature]
+    if written is not None and data.written_speculative:  # sampled text is another one then
+        written.append("speculative")
     return {"rows": data.row_length, "packed": data.packed, "written": written}
 
 
@@ -256,7 +259,8 @@ def staged_source(training: HeadTraining, documents: Documents, recipe: Recipe) 
     if isinstance(documents, CachedData):
         raise BadRecipe("text that the target writes while training has no cached features; leave --features out")
     order = Order(documents.lengths, data.row_length, loop.seed, packed=data.packed)
-    written = written_source(training, documents, order, data.written_temperature)
+    writing = Writing(temperature=data.written_temperature, speculative=data.written_speculative)
+    written = written_source(training, documents, order, writing)
     return TwoStages(fixed, written, round(data.written_from * loop.steps) * loop.rows_per_step)
 
 

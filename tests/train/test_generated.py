@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from specdec.errors import BadRecipe
+from specdec.errors import BadCheckpoint, BadRecipe
 from specdec.probe import target_of
 from specdec.train.batch import PADDING, TrainBatch
 from specdec.train.checkpoint import Checkpoints
+from specdec.train.kinds.head import HeadTraining
 from specdec.train.loop import Loop, StepReport
 from specdec.train.prepared import MemoryData
 from specdec.train.recipe import Recipe, parsed_settings, recipe_for
@@ -29,7 +30,8 @@ def data() -> MemoryData:
 
 
 def recipe(*more: str) -> Recipe:
-    settings = ["loop.steps=6", "loop.rows_per_step=2", "data.row_length=24", "head.num_heads=2", "loop.save_every=3"]
+    steps = [] if any(each.startswith("loop.steps=") for each in more) else ["loop.steps=6"]
+    settings = [*steps, "loop.rows_per_step=2", "data.row_length=24", "head.num_heads=2", "loop.save_every=3"]
     return recipe_for("mlp-speculator", None, **parsed_settings([*settings, *more])).fitted()
 
 
@@ -65,7 +67,27 @@ def test_the_same_numbers_are_written_the_same():
     assert not torch.equal(one.ids, batches("loop.seed=5")[1].ids)
 
 
-def test_a_run_that_breaks_off_in_the_second_stage_ends_with_the_same_weights(tmp_path: Path):
+def test_the_head_that_learns_can_draft_for_the_target(monkeypatch: pytest.MonkeyPatch):
+    greedy = ("data.written_temperature=0.0", "head.options.budget=4")
+    asked: list[HeadTraining] = []
+    drafter = HeadTraining.drafter
+    monkeypatch.setattr(HeadTraining, "drafter", lambda self: asked.append(self) or drafter(self))
+    alone = batches(*greedy)[1]
+    assert not asked
+    together = batches(*greedy, "data.written_speculative=true")[1]
+    assert len(asked) == 1
+    assert torch.equal(alone.ids, together.ids)
+
+
+def test_whether_the_head_drafts_for_the_target_is_part_of_what_a_run_is(tmp_path: Path):
+    train_head(recipe("loop.steps=3", "data.written_from=0.5"), shared_target(), data(), tmp_path)
+    other = recipe("loop.steps=3", "data.written_from=0.5", "data.written_speculative=true")
+    with pytest.raises(BadCheckpoint, match=r"data\.written"):
+        train_head(other, shared_target(), data(), tmp_path)
+
+
+@pytest.mark.parametrize("writing", [(), ("data.written_speculative=true",)])
+def test_a_run_that_breaks_off_in_the_second_stage_ends_with_the_same_weights(tmp_path: Path, writing: tuple[str, ...]):
     def run(folder: Path, stop: int | None = None) -> list[float]:
         heard: list[float] = []
         loops: list[Loop] = []
@@ -77,8 +99,9 @@ def test_a_run_that_breaks_off_in_the_second_stage_ends_with_the_same_weights(tm
                 loops[0]._stopping = True
 
         train_head(
-            recipe("data.written_from=0.5"), shared_target(), data(), folder, report=report, restored=loops.append
-        )
+            recipe("data.written_from=0.5", *writing), shared_target(), data(), folder, report=report,
+            restored=loops.append,
+        )  # fmt: skip
         return heard
 
     whole = run(tmp_path / "whole")
