@@ -15,7 +15,6 @@ num_layers = 4
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +31,6 @@ from specdec.errors import BadRecipe
 from specdec.probe import target_of
 from specdec.target import Target
 from specdec.train.batch import Documents, TrainBatch
-from specdec.train.checkpoint import write_whole
 from specdec.train.features import TargetFeatures, check_packing
 from specdec.train.importance import calibration_rows, cut_by_importance
 from specdec.train.kinds.draft_model import DraftModelTraining, save_model
@@ -42,6 +40,7 @@ from specdec.train.order import Order
 from specdec.train.prepared import unfinished_folder
 from specdec.train.prune import Sizes
 from specdec.train.recipe import DEFAULTS, Recipe, laid_over
+from specdec.train.recipe_loop import run_loop
 from specdec.train.run import evaluator, row_source
 
 TARGET, SCRATCH = "target", "scratch"
@@ -248,12 +247,11 @@ def run_training(
         training.module.eval()
         check_packing(Target(training.module))
     training.drafter()  # a wrong option is found now
-    loop = Loop(
+    return run_loop(
+        recipe,
         training,
         text_source(training, recipe, documents),
         TargetFeatures(target, training.taps, needs_logits=training.needs_logits),
-        recipe.objective,
-        recipe.loop,
         out,
         identity={
             "target": {**fingerprint(target.model), "weights": weights_sample(target.model)},
@@ -264,14 +262,10 @@ def run_training(
         },
         evaluate=evaluator(target.model, prompts, recipe),
         report=report,
+        restored=restored,
+        resume=resume,
         accelerator=accelerator,
     )
-    loop.restore(resume=resume)
-    if loop.accelerator.is_main_process:
-        write_whole(out / "recipe.json", json.dumps(recipe.resolved(), indent=2) + "\n")
-    restored(loop)
-    loop.run()
-    return loop
 
 
 PLACES = ("draft", "reference")

@@ -32,7 +32,6 @@ from specdec.probe import target_of
 from specdec.target import Target
 from specdec.train.adapters import Adapters, LoRASettings, require_peft
 from specdec.train.batch import Documents
-from specdec.train.checkpoint import write_whole
 from specdec.train.drift import Drift
 from specdec.train.features import check_packing
 from specdec.train.kinds.draft_model import save_model
@@ -41,6 +40,7 @@ from specdec.train.kinds.medusa2 import JointWeights, Medusa2Training
 from specdec.train.loop import Loop, Score, StepReport
 from specdec.train.prepared import unfinished_folder
 from specdec.train.recipe import DEFAULTS, MEDUSA_2, Recipe, laid_over
+from specdec.train.recipe_loop import run_loop
 from specdec.train.run import check_drafts, evaluator, make_training, row_source, train_head
 from specdec.train.tokenizer_files import copy_tokenizer
 from specdec.train.trainable import Trainable
@@ -269,12 +269,11 @@ def train_together(
     target, settings = training.target, JointSettings.of(recipe)
     if recipe.data.packed:
         check_packing(target)
-    loop = Loop(
+    return run_loop(
+        replace(recipe, head=asdict(settings)),
         training,
         row_source(documents, recipe),
         training.features,
-        recipe.objective,
-        recipe.loop,
         out,
         identity={
             "target": {**fingerprint(target.model), "weights": training.adapters.original},
@@ -285,15 +284,10 @@ def train_together(
         rates={"heads": settings.head_rate},
         evaluate=adapted_evaluator(training, prompts, recipe),
         report=report,
+        restored=restored,
+        resume=resume,
         accelerator=accelerator,
     )
-    loop.restore(resume=resume)
-    if loop.accelerator.is_main_process:
-        resolved = replace(recipe, head=asdict(settings)).resolved()
-        write_whole(out / "recipe.json", json.dumps(resolved, indent=2) + "\n")
-    restored(loop)
-    loop.run()
-    return loop
 
 
 def adapted_evaluator(

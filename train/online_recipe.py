@@ -21,7 +21,7 @@ from typing import Any
 
 from specdec.errors import BadRecipe
 from specdec.train.online import OnlineSettings
-from specdec.train.recipe import DEFAULTS, laid_over, merged, read_recipe
+from specdec.train.recipe import check_kind, check_sections, laid_over, layered, merged
 from specdec.train.replay import ReplayBuffer
 
 SECTIONS = ("online", "stream", "head")
@@ -74,13 +74,7 @@ class OnlineRecipe:
         Raises:
             BadRecipe: names the unknown section or field, or the value of a wrong type.
         """
-        if unknown := sorted(set(values) - {"kind", *SECTIONS}):
-            raise BadRecipe(f"a recipe with --online has the sections {', '.join(SECTIONS)}, got {', '.join(unknown)}")
-        if values.get("kind", self.kind) != self.kind:
-            raise BadRecipe(f"the recipe is for {values['kind']!r}, got the kind {self.kind!r}")
-        for name in SECTIONS:
-            if not isinstance(values.get(name, {}), Mapping):
-                raise BadRecipe(f"[{name}] of a recipe is a section, got {values[name]!r}")
+        check_sections("a recipe with --online", values, self.kind, SECTIONS)
         return replace(
             self,
             online=_online(self.online, dict(values.get("online", {}))),
@@ -99,12 +93,8 @@ def online_recipe_for(kind: str, file: Path | None = None, **sections: Mapping[s
     Raises:
         BadRecipe: an unknown kind, a file that is no TOML, or a setting that does not exist or is out of range.
     """
-    if kind not in DEFAULTS:
-        raise BadRecipe(f"no kind {kind!r} to train; there are {', '.join(DEFAULTS)}")
-    recipe = OnlineRecipe(kind)
-    if file is not None:
-        recipe = read_recipe(recipe, file)
-    recipe = recipe.changed(sections)
+    check_kind(kind)
+    recipe = layered(OnlineRecipe(kind), file, sections)
     settings = recipe.online
     _ = settings.objective, ReplayBuffer(settings.buffer_tokens, settings.keep)  # wrong words are found now
     if not settings.learning.rate > 0:

@@ -107,16 +107,7 @@ class Recipe:
         Raises:
             BadRecipe: names the unknown section or field, or the value of a wrong type.
         """
-        unknown = set(values) - {"kind", *SECTIONS}
-        if unknown:
-            raise BadRecipe(
-                f"a recipe has the sections loop, objective, data and head, got {', '.join(sorted(unknown))}"
-            )
-        if values.get("kind", self.kind) != self.kind:
-            raise BadRecipe(f"the recipe is for {values['kind']!r}, got the kind {self.kind!r}")
-        for name in SECTIONS:
-            if not isinstance(values.get(name, {}), Mapping):
-                raise BadRecipe(f"[{name}] of a recipe is a section, got {values[name]!r}")
+        check_sections("a recipe", values, self.kind, SECTIONS)
         return replace(
             self,
             loop=laid_over(self.loop, values.get("loop", {}), "loop"),
@@ -215,12 +206,27 @@ def recipe_for(kind: str, file: Path | None = None, **sections: Mapping[str, Any
     Raises:
         BadRecipe: an unknown kind, a file that is no TOML, or a setting that does not exist.
     """
+    check_kind(kind)
+    return layered(DEFAULTS[kind], file, sections)
+
+
+def check_kind(kind: str) -> None:
+    """Refuse a kind that cannot be trained.
+
+    Raises:
+        BadRecipe: names those that can.
+    """
     if kind not in DEFAULTS:
         raise BadRecipe(f"no kind {kind!r} to train; there are {', '.join(DEFAULTS)}")
-    recipe = DEFAULTS[kind]
-    if file is not None:
-        recipe = read_recipe(recipe, file)
-    return recipe.changed(sections)
+
+
+def layered(recipe: Changeable, file: Path | None, sections: Mapping[str, Mapping[str, Any]]) -> Changeable:
+    """A recipe with a TOML file and then explicit values laid over.
+
+    Raises:
+        BadRecipe: a file that is no TOML, or a setting that does not exist.
+    """
+    return (recipe if file is None else read_recipe(recipe, file)).changed(sections)
 
 
 def read_recipe(recipe: Changeable, file: Path) -> Changeable:
@@ -235,6 +241,21 @@ def read_recipe(recipe: Changeable, file: Path) -> Changeable:
         raise BadRecipe(f"the recipe {file} cannot be read: {error}") from error
     except BadRecipe as error:
         raise BadRecipe(f"{file}: {error}") from error
+
+
+def check_sections(what: str, values: Mapping[str, Any], kind: str, sections: Sequence[str]) -> None:
+    """Hold what shall be laid over a recipe of this kind to the form of one.
+
+    Raises:
+        BadRecipe: names the unknown section, the other kind, or what is no section.
+    """
+    if unknown := sorted(set(values) - {"kind", *sections}):
+        raise BadRecipe(f"{what} has the sections {', '.join(sections)}, got {', '.join(unknown)}")
+    if values.get("kind", kind) != kind:
+        raise BadRecipe(f"the recipe is for {values['kind']!r}, got the kind {kind!r}")
+    for name in sections:
+        if not isinstance(values.get(name, {}), Mapping):
+            raise BadRecipe(f"[{name}] of a recipe is a section, got {values[name]!r}")
 
 
 def laid_over(settings: Settings, values: Mapping[str, Any], section: str) -> Settings:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,6 @@ from specdec.heads.layer import MLP, Attention
 from specdec.probe import target_of
 from specdec.target import Target
 from specdec.train.batch import Documents, TrainBatch
-from specdec.train.checkpoint import write_whole
 from specdec.train.evaluate import Evaluator
 from specdec.train.feature_cache import CachedData
 from specdec.train.features import TargetFeatures, check_packing
@@ -42,6 +40,7 @@ from specdec.train.on_policy import Writing
 from specdec.train.order import Order, Piece
 from specdec.train.processes import accelerator_for
 from specdec.train.recipe import Recipe
+from specdec.train.recipe_loop import run_loop
 
 HEADS: dict[str, Callable[..., HeadTraining]] = {
     "medusa": MedusaTraining,
@@ -107,12 +106,11 @@ def train_head(
     if recompute:
         recompute_layers(training.module, recipe.kind)
     check_drafts(training)
-    loop = Loop(
+    return run_loop(
+        recipe,
         training,
         staged_source(training, documents, recipe),
         TargetFeatures(target, training.taps, needs_logits=training.needs_logits),
-        recipe.objective,
-        recipe.loop,
         out,
         identity={
             "target": {**fingerprint(model), "weights": weights_sample(model)},
@@ -122,14 +120,10 @@ def train_head(
         },
         evaluate=evaluator(model, prompts, recipe),
         report=report,
+        restored=restored,
+        resume=resume,
         accelerator=accelerator,
     )
-    loop.restore(resume=resume)
-    if accelerator.is_main_process:
-        write_whole(out / "recipe.json", json.dumps(recipe.resolved(), indent=2) + "\n")
-    restored(loop)
-    loop.run()
-    return loop
 
 
 def make_training(recipe: Recipe, target: Target, begin_from: Path | None = None) -> HeadTraining:
