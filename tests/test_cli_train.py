@@ -211,6 +211,14 @@ def test_without_prompts_the_newest_drafter_is_offered_and_said_to_be_unmeasured
     assert (tmp_path / "run" / "drafter").resolve() == tmp_path / "run" / "step-000006" / "drafter"
 
 
+def test_the_rate_of_a_narrow_target_is_the_same_in_plan_recipe_and_run(folder: Path, tmp_path: Path):
+    planned = json.loads(finished(train(folder, tmp_path / "run", "--plan", "--json")).stdout)["recipe"]
+    kept = json.loads((folder / "whole" / "recipe.json").read_text())
+    assert planned["loop"]["learning_rate"] == kept["loop"]["learning_rate"] == pytest.approx(4e-3)
+    steps = [event for event in read_log(folder / "whole" / "log.jsonl") if event["event"] == "step"]
+    assert max(event["learning_rate"] for event in steps) == pytest.approx(4e-3)
+
+
 def test_a_plan_says_what_is_needed_and_leaves_nothing_behind(folder: Path, tmp_path: Path):
     result = finished(train(folder, tmp_path / "run", "--plan", data="texts.jsonl"))
     for words in ("steps per epoch", "tokens per step", "256 at most", "checkpoint", "learning_rate"):

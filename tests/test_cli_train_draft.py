@@ -112,6 +112,18 @@ def test_the_largest_architecture_within_the_budget_is_chosen_and_said(
     assert not (tmp_path / "run").exists()
 
 
+def test_fresh_weights_learn_at_a_rate_for_their_width_and_the_plan_says_so(folder: Path, tmp_path: Path) -> None:
+    published = recipe_for("draft-model").loop.learning_rate
+    command = (*SIZES, "--pretrain", folder / "texts.jsonl")
+    planned = plan(folder, tmp_path / "run", *command)["stages"]
+    kept = {name: json.loads((folder / "whole" / name / "recipe.json").read_text())["loop"]["learning_rate"]
+            for name in ("pretrain", "align")}  # fmt: skip
+    assert kept == pytest.approx({"pretrain": 4 * published, "align": published})
+    assert kept == {name: stage["learning_rate"] for name, stage in planned.items()}
+    chosen = plan(folder, tmp_path / "run", *command, "--set", "head.stages.pretrain.loop.learning_rate=1e-3")["stages"]
+    assert [stage["learning_rate"] for stage in chosen.values()] == [1e-3, published]
+
+
 def test_stages_have_settings_of_their_own(folder: Path, tmp_path: Path) -> None:
     more = ("--pretrain", folder / "texts.jsonl", "--continue-on", folder / "answers.jsonl", "--text", "draft",
             "--set", "head.stages.pretrain.loop.steps=7")  # fmt: skip
