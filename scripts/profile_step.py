@@ -142,6 +142,7 @@ class Setting:
     grow: str
     budget: int
     depth: int
+    top_k: int
 
     @property
     def drafter(self) -> str:
@@ -151,8 +152,8 @@ class Setting:
     @property
     def decoding(self) -> dict[str, Any]:
         """Fixed length, so that every setting does the same work."""
-        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
-        return {"eos_token_id": None, "pad_token_id": 0, **sampling}
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k}
+        return {"eos_token_id": None, "pad_token_id": 0, **(sampling if self.temperature else {"do_sample": False})}
 
 
 def measure(args: argparse.Namespace) -> dict[Setting, Steps]:
@@ -164,7 +165,7 @@ def measure(args: argparse.Namespace) -> dict[Setting, Steps]:
     tokenizer = AutoTokenizer.from_pretrained(demo.target_path())
     inputs = [dict(tokenizer(text, return_tensors="pt")) for text in demo.prompts().values()]
     settings = [
-        Setting(temperature, grow, budget, args.depth)
+        Setting(temperature, grow, budget, args.depth, args.top_k)
         for temperature, grow, budget in itertools.product(args.temperature, args.grow, args.budget)
     ]
     drafters = {setting: _drafter(setting, target) for setting in settings}
@@ -226,6 +227,7 @@ def main() -> None:
     parser.add_argument("--grow", nargs="+", default=list(GROWTHS))
     parser.add_argument("--budget", type=int, nargs="+", default=list(BUDGETS))
     parser.add_argument("--depth", type=int, default=8)
+    parser.add_argument("--top-k", type=int, default=50, help="as transformers samples by default; 0 for all tokens")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
@@ -243,7 +245,9 @@ def main() -> None:
         return
     lines = rows(measure(args))
     clock = "CPU time" if args.cpu_time else "wall clock"
-    title = f"one step, depth {args.depth}, ms of {clock}; {environment(args).replace('greedy, ', '')}"
+    title = (
+        f"one step, depth {args.depth}, top-k {args.top_k}, ms of {clock}; {environment(args).replace('greedy, ', '')}"
+    )
     table = Table(*HEADER, title=title)
     for line in lines:
         table.add_row(*line)

@@ -37,14 +37,9 @@ def block(tree: TokenTree, law: Law, chooser: Chooser) -> Decided:
     chains = [_chain_nodes(tree, i) for i in range(len(tree.shapes))]
     drafted = [len(chain) - 1 for chain in chains]
     width = max(drafted)
-    p_rows = []
-    for i, chain in enumerate(chains):
-        inner, last = [(i, node) for node in chain[:-1]], law.p(i, chain[-1])[None]
-        stacked = torch.cat([law.p_at(inner), last]) if inner else last
-        p_rows.append(torch.cat([stacked, stacked[-1:].expand(width - drafted[i], -1)]))
-    p = torch.stack(p_rows)  # [B, width + 1, V]
-    order = torch.tensor([[*chain, *[chain[-1]] * (width - n)] for chain, n in zip(chains, drafted, strict=True)])
-    order = order.to(p.device)
+    padded = [[*chain, *[chain[-1]] * (width - n)] for chain, n in zip(chains, drafted, strict=True)]
+    p = law.p_at([(i, node) for i, chain in enumerate(padded) for node in chain]).view(len(chains), width + 1, -1)
+    order = torch.tensor(padded, device=p.device)
     log_q = tree.log_q.to(p.device, p.dtype)
     q = log_q.gather(1, order[:, :, None].expand(-1, -1, log_q.shape[2])).softmax(-1)
     tokens = tree.tokens.to(p.device).gather(1, order)
@@ -125,11 +120,11 @@ class _Trials:
         for child in self._children[node]:
             token = self._tokens[child]
             q = log_q.to(p.dtype).softmax(-1)
-            outcome = self._below(child, min(1.0, weight * float(p[token]) / max(float(q[token]), TINY)))
+            outcome = self._below(child, min(1.0, weight * p[token].item() / max(q[token].item(), TINY)))
             if outcome is not None:
                 return outcome, p, weight
             residual = torch.mul(p, weight).sub_(q).clamp_(min=0.0)
-            mass = float(residual.sum())
+            mass = residual.sum().item()
             if mass > NO_MASS:
                 p = residual.div_(mass)
             weight = _left(weight, mass) if node else 1.0
@@ -139,7 +134,7 @@ class _Trials:
         return None, p, weight
 
     def _passes(self, weight: float) -> bool:
-        return bool(self._chooser.accept(torch.tensor(weight, dtype=torch.float64)))
+        return weight > 0.0 and bool(self._chooser.accept(torch.tensor(weight, dtype=torch.float64)))
 
 
 def _left(weight: float, mass: float) -> float:

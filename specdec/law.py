@@ -16,6 +16,9 @@ from specdec.tree import TokenTree
 Place = tuple[int, int]
 """A row and a node of it."""
 
+TOGETHER = 16
+"""Nodes whose laws are made in one call: a call costs as much as several laws, and a whole tree is seldom asked for."""
+
 
 class Law(Protocol):
     """The target's distribution at the nodes of one step's trees."""
@@ -35,7 +38,8 @@ class TreeLaw:
     def __init__(self, tree: TokenTree, logits: Tensor, emitter: Emitter, rows: list[int]) -> None:
         self.tree, self.logits, self.emitter, self.rows = tree, logits, emitter, rows
         self._tokens = tree.ids
-        self._scores: dict[tuple[int, int], Tensor] = {}
+        self._scores: dict[Place, Tensor] = {}
+        self._pieces: dict[Place, Tensor] = {}
 
     def scores(self, row: int, node: int) -> Tensor:
         """Processed log-scores [V] at a node."""
@@ -45,8 +49,14 @@ class TreeLaw:
         return self._scores[row, node]
 
     def p(self, row: int, node: int) -> Tensor:
-        """Probabilities [V] at a node."""
-        return self.scores(row, node).softmax(-1)
+        """Probabilities [V] at a node; where history does not matter, those of its neighbours are made with it."""
+        if not self.emitter.processes_nodes_at_once:
+            return self.scores(row, node).softmax(-1)
+        piece, place = divmod(node, TOGETHER)
+        if (row, piece) not in self._pieces:
+            nodes = range(piece * TOGETHER, min((piece + 1) * TOGETHER, self.tree.num_nodes))
+            self._pieces[row, piece] = self.p_at([(row, n) for n in nodes])
+        return self._pieces[row, piece][place]
 
     def p_at(self, places: list[Place]) -> Tensor:
         """Probabilities [M, V] at several nodes."""

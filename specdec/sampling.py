@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import logits_process as lp
 
+from specdec.draws import drawn_without_replacement
 from specdec.errors import SpecdecError
 
 LIKELIEST = 512
@@ -146,77 +147,7 @@ class Chooser:
 
         Where fewer than `count` tokens have mass, the surplus ids are arbitrary and have `log_q` of minus infinity.
         """
-        if log_q.device.type != "cpu":
-            return drawn_by_race(log_q, count, self.generator)
-        flat = log_q.reshape(-1, log_q.shape[-1])
-        return drawn_by_appearance(flat, count, self.generator).reshape(*log_q.shape[:-1], -1)
-
-
-def drawn_by_race(log_q: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Draws without replacement [..., count] by one pass of noise over the vocabulary, without host syncs.
-
-    Adding independent Gumbel noise and taking the largest yields exactly the successive draws, in order
-    (Efraimidis and Spirakis 2006; Kool et al., arXiv 1903.06059).
-    """
-    noise = torch.empty_like(log_q).exponential_(generator=generator)
-    return (log_q - noise.log()).topk(min(count, log_q.shape[-1]), dim=-1).indices
-
-
-def drawn_by_appearance(log_q: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """The same law [M, count] from independent draws in order of first appearance: no noise for a whole vocabulary.
-
-    Noise is what costs on a CPU: 80 microseconds for a law over 4096 tokens, where these draws take 8. After a round,
-    laws that showed too few tokens are drawn from again without those; what is left is the law of the next draws.
-    """
-    laws, size = log_q.shape
-    count = min(count, size)
-    if count == 1:
-        return _independent_draws(log_q.softmax(-1), 1, generator)
-    drawn = torch.zeros(laws, count + 1, dtype=torch.long)  # the last column takes what is no news
-    found = torch.zeros(laws, dtype=torch.long)
-    left, at = log_q, torch.arange(laws)
-    while at.numel():
-        guesses = _independent_draws(left.softmax(-1), count + 4, generator)
-        seen = (guesses[:, :, None] == guesses[:, None, :]).tril(-1).any(-1)
-        places = (found[at, None] + (~seen).cumsum(1) - 1).clamp(max=count).masked_fill(seen, count)
-        drawn[at] = drawn[at].scatter(1, places, guesses)
-        found[at] += (~seen).sum(1)
-        lacking = (found[at] < count).nonzero()[:, 0]
-        if not lacking.numel():
-            break
-        at = at[lacking]
-        is_drawn = torch.arange(count) < found[at, None]
-        known = torch.where(is_drawn, drawn[at, :count], drawn[at, :1])
-        left = left[lacking].scatter(1, known, -torch.inf)
-        exhausted = left.amax(-1) == -torch.inf
-        if bool(exhausted.any()):
-            drawn[at[exhausted], :count] = _with_surplus(known[exhausted], found[at[exhausted]], size)
-            at, left = at[~exhausted], left[~exhausted]
-    return drawn[:, :count]
-
-
-def _independent_draws(q: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Tokens [M, count] drawn with replacement from laws [M, V]: first the block of the vocabulary, then the token."""
-    laws, size = q.shape
-    block = min(size, 1 << (size.bit_length() // 2))
-    if size % block:
-        q = torch.nn.functional.pad(q, (0, block - size % block))
-    blocks = q.reshape(-1, block)
-    ends = blocks.sum(-1).view(laws, -1).double().cumsum(-1)
-    u = torch.rand(2, laws, count, dtype=torch.float64, generator=generator)
-    chosen = torch.searchsorted(ends, u[0] * ends[:, -1:], right=True).clamp(max=ends.shape[1] - 1)
-    flat = (chosen + torch.arange(laws)[:, None] * ends.shape[1]).view(-1)
-    inner = blocks.index_select(0, flat).double().cumsum(-1)
-    token = torch.searchsorted(inner, u[1].view(-1, 1) * inner[:, -1:], right=True).view(laws, count)
-    return chosen * block + token.clamp(max=block - 1)
-
-
-def _with_surplus(known: Tensor, found: Tensor, size: int) -> Tensor:
-    """All tokens that have mass, `found` [M] of them in `known` [M, count], and then any others."""
-    rank = torch.full((known.shape[0], size), known.shape[1])
-    order = torch.arange(known.shape[1]).expand_as(known).masked_fill(torch.arange(known.shape[1]) >= found[:, None], 0)
-    rank.scatter_(1, known, order)
-    return rank.argsort(dim=1, stable=True)[:, : known.shape[1]]
+        return drawn_without_replacement(log_q, count, self.generator)
 
 
 _IGNORES_HISTORY = (

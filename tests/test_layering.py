@@ -14,7 +14,7 @@ FOLDERS = {"specdec": "specdec", "heads": "specdec.heads", "train": "specdec.tra
 LINKS = {ROOT / "specdec" / "heads", ROOT / "specdec" / "train"}
 OURS = {*FOLDERS, "scripts", "tests", ""}  # "" is what a relative import begins with
 
-TREES = {"specdec.tree", "specdec.sampling", "specdec.vocabulary", "specdec.errors"}
+TREES = {"specdec.tree", "specdec.sampling", "specdec.draws", "specdec.vocabulary", "specdec.errors"}
 MODELS = {
     "specdec.packed",
     "specdec.additive_mask",
@@ -95,7 +95,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "specdec.block_mask": {"specdec.visibility", "specdec.tree"},
     "specdec.visibility": {"specdec.tree"},
     "specdec.target": {"specdec.errors"},
-    "specdec.sampling": {"specdec.errors"},
+    "specdec.sampling": {"specdec.draws", "specdec.errors"},
+    "specdec.draws": set(),
     "specdec.vocabulary": {"specdec.errors"},
     "specdec.json_lines": {"specdec.errors"},
     "specdec.packed": set(),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as lp
 
-from specdec.sampling import SamplingParams, drawn_by_appearance, drawn_by_race
+from specdec.draws import drawn_by_race, drawn_on_a_line
+from specdec.sampling import SamplingParams
 from tests.law.chi_square import chi_square
 from tests.law.enumeration import law_of, successive_law
 
@@ -50,7 +51,7 @@ LOG_LAWS = {
 }
 
 
-@pytest.mark.parametrize("draw", [drawn_by_race, drawn_by_appearance])
+@pytest.mark.parametrize("draw", [drawn_by_race, drawn_on_a_line])
 @pytest.mark.parametrize("log_law", [pytest.param(law, id=name) for name, law in LOG_LAWS.items()])
 def test_both_ways_to_draw_without_replacement_have_the_successive_law(draw: Draw, log_law: Tensor) -> None:
     """20 000 ordered draws. A false alarm has odds of 1 in a million."""
@@ -66,7 +67,7 @@ def test_laws_of_one_batch_are_drawn_each_by_itself_whatever_rounds_they_take() 
     laws[1] = 0.0
     laws[2, [5, 76]] = torch.tensor([0.0, 1.0])
     generator = torch.Generator().manual_seed(3)
-    drawn = drawn_by_appearance(laws.repeat(4000, 1), 3, generator).view(4000, 3, 3)
+    drawn = drawn_on_a_line(laws.repeat(4000, 1), 3, generator).view(4000, 3, 3)
     second = [(int(token),) for token in drawn[:, 0, 1] if token]
     assert chi_square(second, {(1,): 1 / (1 + torch.e**-1), (2,): 1 - 1 / (1 + torch.e**-1)}).p_value > SIGNIFICANCE
     first = [(int(token),) for token in drawn[:, 1, 0]]

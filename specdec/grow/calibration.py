@@ -29,7 +29,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from specdec.errors import UnknownDrafter
@@ -44,6 +46,7 @@ KNOTS = (2**-12, 2**-10, 2**-8, 2**-6, 2**-5, 2**-4, 2**-3, 2**-2, 2**-1, 0.75, 
 """Draft probabilities at which acceptance is held, rising."""
 
 LOWEST = math.log2(KNOTS[0])
+LOG_KNOTS = np.log2(KNOTS)
 
 RANKS = 16
 """Ranks with a row of their own; later ones share the last."""
@@ -54,6 +57,7 @@ LOOKED_AT = 16
 FORMAT = "specdec-calibration-2"
 COUNTS = ("trials", "expected", "accepted")
 Kind = Literal["chosen", "drawn"]
+Doubles = NDArray[np.float64]
 
 
 class AcceptanceTable:
@@ -88,16 +92,6 @@ class AcceptanceTable:
     def of_ranks(self, count: int) -> Tensor:
         """Acceptance at the knots for each of the first ranks, [count, G]."""
         return self.rates[torch.arange(count).clamp(max=RANKS - 1)]
-
-    def at_knots(self, masses: Tensor, shares: Tensor) -> Tensor:
-        """Masses [M, K] of tokens with these draft probabilities, each split between the knots around it; [M, K, G].
-
-        Where a is a straight line between knots, what such masses give at the knots is what they give at the tokens.
-        """
-        low, part, _ = self._place(shares)
-        split = torch.zeros(*shares.shape, len(KNOTS), dtype=masses.dtype, device=masses.device)
-        split.scatter_(-1, low[..., None], (masses * (1.0 - part))[..., None])
-        return split.scatter_(-1, low[..., None] + 1, (masses * part)[..., None])
 
     def learn(self, outcomes: list[tuple[int, float, bool]]) -> None:
         """Rank, draft probability and fate of children that were tried."""
@@ -155,7 +149,11 @@ def _prior(kind: Kind) -> Tensor:
 
 
 class DrawnValues:
-    """Keys and reaches of drawn children by a table; see the module."""
+    """Keys and reaches of drawn children by a table; see the module.
+
+    Laws are looked at where they are. The few numbers that this leaves of each are worked on on the host, in numpy: its
+    calls on small arrays cost a tenth of torch's.
+    """
 
     def __init__(self, table: AcceptanceTable) -> None:
         self.table = table
@@ -166,30 +164,57 @@ class DrawnValues:
         return float(self.table.rates[0].min()), float(self.table.rates[0].max())
 
     def seen(self, q: Tensor) -> Tensor:
-        """The laws' mass at the knots, [M, G]."""
+        """Probabilities of the likeliest tokens of each law, then mass and mean probability of the rest: [M, L + 2]."""
         likeliest = q.topk(min(LOOKED_AT, q.shape[1]), dim=1).values
         rest = (1.0 - likeliest.sum(1)).clamp(min=0.0)
         squares = (q.square().sum(1) - likeliest.square().sum(1)).clamp(min=0.0)
-        mean = torch.where(rest > 1e-6, squares / rest.clamp(min=1e-6), torch.zeros_like(rest))
-        tokens, masses = torch.cat([likeliest, mean[:, None]], 1), torch.cat([likeliest, rest[:, None]], 1)
-        return self.table.at_knots(masses.double(), tokens.double()).sum(1)
+        mean = torch.where(rest > 1e-6, squares / rest.clamp(min=1e-6), 0.0)
+        return torch.cat([likeliest, rest[:, None], mean[:, None]], 1)
 
     def of(self, seen: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-        """[M, W] each, for the laws' mass at the knots [M, G] and the draws' probabilities [M, W]."""
-        shares = shares.double()
-        accept = self.table.of(shares)
+        """[M, W] each, for what was seen of laws and the draws' probabilities [M, W]."""
+        likeliest, rest, mean = np.split(_doubles(seen), [-2, -1], axis=1)
+        masses, tokens = np.concatenate([likeliest, rest], 1), np.concatenate([likeliest, mean], 1)
+        whole = _at_knots(masses, *_places(tokens)).sum(1)  # the laws' mass at the knots, [M, G]
+        drawn = _doubles(shares)
+        low, part = _places(drawn)
+        rates = self.table.of_ranks(drawn.shape[1]).numpy()
+        ranks = np.arange(drawn.shape[1])
+        accept = rates[ranks, low] * (1.0 - part) + rates[ranks, low + 1] * part
         stay = _exclusive((1.0 - accept).cumprod(1), 1.0)
-        drawn = _exclusive(self.table.at_knots(shares, shares).cumsum(1), 0.0)  # by the draws before each, [M, W, G]
-        left = (1.0 - _exclusive(shares.cumsum(1), 0.0)).clamp(min=1e-6)
+        before = _exclusive(_at_knots(drawn, low, part).cumsum(1), 0.0)  # by the draws before each, [M, W, G]
+        left = (1.0 - _exclusive(drawn.cumsum(1), 0.0)).clip(min=1e-6)
         # E_{y ~ R_j}[a(j, q(y))], with what the draws before j took away from the law.
-        rates = self.table.of_ranks(shares.shape[1]).to(seen.device)
-        expected = (((seen[:, None] - drawn).clamp(min=0.0) * rates).sum(-1) / left).clamp(max=1.0)
-        return stay * expected, stay * accept
+        expected = ((whole[:, None] - before).clip(min=0.0) * rates).sum(-1) / left
+        keys, reaches = stay * expected.clip(max=1.0), stay * accept
+        return torch.from_numpy(keys), torch.from_numpy(reaches)
 
 
-def _exclusive(cumulated: Tensor, first: float) -> Tensor:
+def _doubles(values: Tensor) -> Doubles:
+    return values.double().cpu().numpy()
+
+
+def _places(shares: Doubles) -> tuple[NDArray[np.intp], Doubles]:
+    """The knot below each probability, and how far it is to the next one."""
+    x = np.log2(shares.clip(KNOTS[0], 1.0))
+    low = np.minimum(LOG_KNOTS.searchsorted(x, side="right") - 1, len(KNOTS) - 2)
+    return low, (x - LOG_KNOTS[low]) / (LOG_KNOTS[low + 1] - LOG_KNOTS[low])
+
+
+def _at_knots(masses: Doubles, low: NDArray[np.intp], part: Doubles) -> Doubles:
+    """Masses [M, K] at such places, each split between the knots around it; [M, K, G].
+
+    Where a is a straight line between knots, what such masses give at the knots is what they give at the tokens.
+    """
+    split = np.zeros((*masses.shape, len(KNOTS)))
+    np.put_along_axis(split, low[..., None], (masses * (1.0 - part))[..., None], -1)
+    np.put_along_axis(split, low[..., None] + 1, (masses * part)[..., None], -1)
+    return split
+
+
+def _exclusive(cumulated: Doubles, first: float) -> Doubles:
     """The same along dimension 1 without each entry's own part."""
-    return torch.cat([torch.full_like(cumulated[:, :1], first), cumulated[:, :-1]], 1)
+    return np.concatenate([np.full_like(cumulated[:, :1], first), cumulated[:, :-1]], 1)
 
 
 class CalibratedGrowth:

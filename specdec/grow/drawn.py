@@ -8,10 +8,10 @@ is dropped for its own probability: children are lossless with the rules for dra
     DySpec:  reach(child) = reach(node) * q(y),   key(slot j) = reach(node) * (1 - q(y_1) - ... - q(y_{j-1}))
 
 The paper runs the draft model once for every node. Here whole levels are run before it is known which of them the
-budget reaches; then the best-first growth is replayed on the host. Every node of a level gets its first draw, and those
-whose second slot may still be reached get all others at once, in draw order (that is the same law as drawing one by
-one). Nodes whose first slot cannot be reached any more are never run. So the tree is exactly that of the node-by-node
-growth with the same draws, for one forward per level.
+budget reaches; then the best-first growth is replayed on the host. Every node of a level gets all its draws at once, in
+draw order (that is the same law as drawing one by one), whether or not they are reached. Nodes whose first slot cannot
+be reached any more are never run. So the tree is exactly that of the node-by-node growth with the same draws, for one
+forward per level.
 
 With a threshold, slots of smaller keys are not taken. With a threshold alone (a budget that is never reached) this
 is the paper's layer-parallel variant: keys never grow downwards.
@@ -22,6 +22,7 @@ Dimensions: B rows, F nodes of a frontier, W draws at each, C columns, V vocabul
 from __future__ import annotations
 
 import heapq
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -31,6 +32,9 @@ from specdec.grow.chosen import ChosenGrowth
 from specdec.grow.policy import Expand, Frontier, Grown, assembled
 from specdec.sampling import Chooser, SamplingParams
 from specdec.tree import NO_NODE, TokenTree
+
+FEW = 512
+"""Tokens of a truncated law that are worth taking out of the vocabulary."""
 
 
 class SlotValues(Protocol):
@@ -126,65 +130,44 @@ class DrawnGrowth:
     def _draw(self, law: Tensor, slots: Slots, chooser: Chooser, width: int) -> Draws:
         """Draws at every node of the frontier; padding is left out, so that it costs no randomness."""
         laws = law.flatten(0, 1) if bool(slots.live.all()) else law[slots.live.to(law.device)]
+        laws, ids = _without_empty(laws, width)
         q = laws.softmax(-1)
-        seen = self.values.seen(q)
-        width = min(width, q.shape[1])
-        draws = Draws(q.shape[0], width)
-        if slots.count + q.shape[0] < self.budget and not self.threshold:  # so few that every slot may be reached
-            tokens = chooser.draw_without_replacement(laws, width)
-            shares = q.gather(1, tokens)
-            exists = laws.gather(1, tokens).isfinite()
-            keys, reaches = self.values.of(seen, shares)
-            draws.put(slice(None), tokens, shares, keys.masked_fill(~exists, 0.0), reaches.masked_fill(~exists, 0.0))
-            return draws
-        tokens = chooser.draw_without_replacement(laws, 1)
+        tokens = chooser.draw_without_replacement(laws, min(width, q.shape[1]))
         shares = q.gather(1, tokens)
-        # The key of a second slot looks at the first draw alone: what stands in for the second one does not matter.
-        keys, reaches = self.values.of(seen, shares.repeat(1, min(width, 2)))
-        draws.put(slice(None), tokens, shares, keys[:, :1], reaches[:, :1])
-        if width > 1:
-            second = keys[:, 1].double().cpu()
-            open_ = slots.may_be_reached(draws.keys[:, 0], second, self.budget, self.threshold).nonzero()[:, 0]
-            at = open_.to(q.device)
-            self._draw_the_rest(open_, laws[at], q[at], seen[at], tokens[at], chooser, draws)
-        return draws
-
-    def _draw_the_rest(
-        self, open_: Tensor, laws: Tensor, q: Tensor, seen: Tensor, first: Tensor, chooser: Chooser, draws: Draws
-    ) -> None:
-        """All later draws at the nodes `open_` [A], whose laws [A, V] and first draws [A, 1] are given."""
-        left = laws.scatter(1, first, -torch.inf)
-        has_mass = left.amax(1) > -torch.inf
-        if not bool(has_mass.all()):
-            open_, left, first = open_[has_mass.cpu()], left[has_mass], first[has_mass]
-            q, seen = q[has_mass], seen[has_mass]
-        if not open_.numel():
-            return
-        rest = chooser.draw_without_replacement(left, draws.width - 1)
-        tokens = torch.cat([first, rest], 1)
-        shares = q.gather(1, tokens)
-        keys, reaches = self.values.of(seen, shares)
-        exists = torch.cat([torch.ones_like(first, dtype=torch.bool), left.gather(1, rest).isfinite()], 1)
-        draws.put(open_, tokens, shares, keys.masked_fill(~exists, 0.0), reaches.masked_fill(~exists, 0.0))
+        exists = laws.gather(1, tokens).isfinite()
+        keys, reaches = self.values.of(self.values.seen(q), shares)
+        tokens = tokens if ids is None else ids.gather(1, tokens)
+        return Draws.of(tokens, shares, keys.masked_fill(~exists, 0.0), reaches.masked_fill(~exists, 0.0))
 
 
+def _without_empty(laws: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
+    """Laws [M, S] over the tokens [M, S] that truncation left, where these are few; else the laws [M, V] and None.
+
+    All that follows then costs S and not V. Only where asking for S costs no wait.
+    """
+    if laws.device.type != "cpu" or laws.shape[1] <= FEW:
+        return laws, None
+    most = max(int((laws > -torch.inf).sum(1).max()), width)
+    return laws.topk(most, dim=1) if most <= FEW else (laws, None)
+
+
+@dataclass(frozen=True)
 class Draws:
-    """Draws at M nodes: tokens, their q, keys and reaches relative to the node's, [M, W] each, on the host.
+    """Draws at M nodes on the host, [M, W] each: tokens, their q, keys and reaches relative to the node's.
 
     Slots without a draw have key and reach 0.
     """
 
-    def __init__(self, nodes: int, width: int) -> None:
-        self.width = width
-        self.tokens = torch.zeros(nodes, width, dtype=torch.long)
-        self.shares, self.keys, self.reaches = torch.zeros(3, nodes, width, dtype=torch.float64)
+    tokens: Tensor
+    shares: Tensor
+    keys: Tensor
+    reaches: Tensor
 
-    def put(self, nodes: slice | Tensor, tokens: Tensor, shares: Tensor, keys: Tensor, reaches: Tensor) -> None:
-        """The first draws at some nodes."""
-        values = torch.stack([shares.double(), keys.double(), reaches.double(), tokens.double()]).cpu()  # one transfer
-        count = tokens.shape[1]
-        self.shares[nodes, :count], self.keys[nodes, :count], self.reaches[nodes, :count] = values[:3]
-        self.tokens[nodes, :count] = values[3].long()
+    @staticmethod
+    def of(tokens: Tensor, shares: Tensor, keys: Tensor, reaches: Tensor) -> Draws:
+        """From the device, in one transfer."""
+        values = torch.stack([shares.double(), keys.double(), reaches.double(), tokens.double()]).cpu()
+        return Draws(values[3].long(), *values[:3])
 
 
 class Slots:
@@ -206,11 +189,6 @@ class Slots:
         self._taken: list[list[tuple[int, int, int]]] | None = None
         self._device = root.device
 
-    @property
-    def count(self) -> int:
-        """Slots of all frontiers before the last one, in the row with most."""
-        return self._bounds.shape[1]
-
     def _placed(self, values: Tensor) -> Tensor:
         """Values of the last frontier's live nodes [M, ...], in row-major order, as [B, F, ...]; 0 for padding."""
         shape = (*self.live.shape, *values.shape[1:])
@@ -219,13 +197,6 @@ class Slots:
         whole = values.new_zeros(shape)
         whole[self.live] = values
         return whole
-
-    def may_be_reached(self, first: Tensor, second: Tensor, budget: int, threshold: float) -> Tensor:
-        """Bool [M]: at which live nodes of the last frontier best-first growth may take a second slot, by keys [M]."""
-        caps = (self._placed(first) * self._reach).minimum(self._cap)
-        least = _least_taken(torch.cat([self._bounds, caps], 1), budget)
-        cap = (self._placed(second) * self._reach).minimum(caps)
-        return ((cap > 0) & (cap >= least) & (cap >= threshold))[self.live]
 
     def add(self, law: Tensor, draws: Draws) -> None:
         """The draws at the last frontier, whose live nodes are in row-major order."""

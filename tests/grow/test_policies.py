@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from specdec.errors import UnknownDrafter
-from specdec.grow.calibration import CalibratedGrowth
 from specdec.grow.chosen import ChosenGrowth
-from specdec.grow.drawn import DrawnGrowth, Slots
+from specdec.grow.drawn import DrawnGrowth
 from specdec.grow.marginals import ddtree, grow_on_marginals
 from specdec.grow.named import POLICIES, growth_named
 from specdec.grow.policy import Frontier, Grown, GrowthPolicy
@@ -116,33 +115,6 @@ def test_dyspec_is_the_published_heap_with_the_same_draws(seed: int, budget: int
     draft = Draft([logits])
     assert paths(draft.grow(DrawnGrowth(budget, depth, width)).tree) == {path for path, _ in reference}
     assert len(draft.forwards) <= depth, "one forward for each level, where the paper has one for each node"
-
-
-class CountingChooser(ScriptedChooser):
-    """Counts the draws that were asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.draws = 0
-
-    def draw_without_replacement(self, log_q: Tensor, count: int) -> Tensor:
-        self.draws += log_q.shape[0] * count
-        return super().draw_without_replacement(log_q, count)
-
-
-@pytest.mark.parametrize("growth", [DrawnGrowth, lambda *limits: CalibratedGrowth(*limits, children="drawn")])
-@pytest.mark.parametrize("scale", [2.0, 4.0])
-def test_draws_that_are_left_out_change_no_tree(
-    growth: Callable[..., GrowthPolicy], scale: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    laws = [random_law(seed, scale) for seed in (20, 21, 22)]
-    few, all_ = CountingChooser(), CountingChooser()
-    trees = Draft(laws).grow(growth(24, 6, 5), chooser=few).tree
-    monkeypatch.setattr(Slots, "may_be_reached", lambda slots, first, *_: torch.ones_like(first, dtype=torch.bool))
-    whole = Draft(laws).grow(growth(24, 6, 5), chooser=all_).tree
-    assert all(paths(trees, row) == paths(whole, row) for row in range(3))
-    assert trees.shapes == whole.shapes
-    assert few.draws < all_.draws
 
 
 @pytest.mark.parametrize("seed", range(8))

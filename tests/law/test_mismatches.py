@@ -17,7 +17,7 @@ from specdec.acceptance import Rule, accept
 from specdec.drawn_rules import DRAWN_RULES
 from specdec.emitter import Emitter
 from specdec.grow.shape import chain, shape_of
-from specdec.law import TreeLaw
+from specdec.law import Place, TreeLaw
 from specdec.sampling import Chooser, SamplingParams
 from specdec.tree import TokenTree
 from tests.law import proposals
@@ -131,8 +131,14 @@ class RawAtLeaves(TreeLaw):
     """Forgets to process the law that only the token after a fully accepted path is drawn from."""
 
     def p(self, row: int, node: int) -> Tensor:
-        leaf = not self.tree.shapes[row].children[node]
-        return self.logits[row, node].softmax(-1) if leaf else super().p(row, node)
+        return self.p_at([(row, node)])[0]
+
+    def p_at(self, places: list[Place]) -> Tensor:
+        p = super().p_at(places)
+        for at, (row, node) in enumerate(places):
+            if not self.tree.shapes[row].children[node]:
+                p[at] = self.logits[row, node].softmax(-1)
+        return p
 
 
 @pytest.mark.parametrize(
