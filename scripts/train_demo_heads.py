@@ -59,7 +59,7 @@ from specdec.train.recipe import DRAFT_MODEL, MEDUSA_2, Recipe, recipe_for
 from specdec.train.run import make_training, train_head
 
 TEMPERATURES = (0.0, 0.7, 1.0, 1.0)
-BATCHES, ROWS, NEW_TOKENS, DOCUMENT = 48, 48, 160, 256
+ROWS, NEW_TOKENS, DOCUMENT = 48, 160, 256
 PROMPTS, PROMPT_TOKENS = 16, 48
 INTERRUPTED = 130
 """Exit status where a signal ended a run."""
@@ -110,14 +110,14 @@ def corpus_ids(work: Path, split: str) -> Tensor:
     return torch.load(file)[split]
 
 
-def write_texts(work: Path) -> None:
+def write_texts(work: Path, batches: int) -> None:
     """Let the target continue beginnings from its training corpus; [ROWS, length] for each batch, kept as one file."""
     file = work / "texts.pt"
     texts: list[Tensor] = torch.load(file) if file.exists() else []
     corpus, model = corpus_ids(work, "train"), demo_target()
     with Progress() as progress:
-        bar = progress.add_task("the target writes", total=BATCHES, completed=len(texts))
-        for batch in range(len(texts), BATCHES):
+        bar = progress.add_task("the target writes", total=batches, completed=len(texts))
+        for batch in range(len(texts), batches):
             generator = torch.Generator().manual_seed(batch)
             length = int(torch.randint(24, 64, (1,), generator=generator))
             starts = torch.randint(0, len(corpus) - length - 1, (ROWS,), generator=generator).tolist()
@@ -337,6 +337,7 @@ def main() -> None:
     parser.add_argument("command", choices=("texts", "features", "train", "table", "export"))
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(OPTIONS))
     parser.add_argument("--work", type=Path, default=Path("build/heads"))
+    parser.add_argument("--batches", type=int, default=48, help=f"of {ROWS} texts that the target writes")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--markdown", type=Path)
@@ -351,7 +352,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     console = Console(width=160)
     if args.command == "texts":
-        write_texts(args.work)
+        write_texts(args.work, args.batches)
     elif args.command == "features":
         write_states(args.work)
     elif args.command == "train":
