@@ -6,9 +6,10 @@ Dimensions: M laws, K draws of each, V vocabulary.
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 RACES = 512
@@ -49,10 +50,10 @@ def drawn_on_a_line(log_q: Tensor, count: int, generator: torch.Generator | None
     drawn: list[list[int]] = [[] for _ in range(laws)]
     left, rows = log_q, list(range(laws))
     while rows:
-        lines = _Lines(left.softmax(-1))
+        ends = left.softmax(-1).cumsum(-1, dtype=torch.float64).numpy()
         points = torch.rand(len(rows), count, dtype=torch.float64, generator=generator).tolist()
         for number, row in enumerate(rows):
-            drawn[row] += lines.drawn(number, points[number][: count - len(drawn[row])])
+            drawn[row] += _on_line(ends[number], points[number][: count - len(drawn[row])])
         lacking = [number for number, row in enumerate(rows) if len(drawn[row]) < count]
         rows = [rows[number] for number in lacking]
         if rows:
@@ -67,47 +68,31 @@ def drawn_on_a_line(log_q: Tensor, count: int, generator: torch.Generator | None
     return torch.tensor(drawn, dtype=torch.long).view(laws, count)
 
 
-class _Lines:
-    """Laws q [M, V] as intervals of lines: first blocks of the vocabulary, and of those that are met the tokens."""
+def _on_line(ends: NDArray[np.float64], points: list[float]) -> list[int]:
+    """Tokens of a law whose intervals end at `ends` [V]: one for each point in [0, 1), none twice.
 
-    def __init__(self, q: Tensor) -> None:
-        laws, size = q.shape
-        self._size = 1 << (size.bit_length() // 2)
-        if size % self._size:
-            q = torch.nn.functional.pad(q, (0, self._size - size % self._size))
-        blocks = q.view(laws, -1, self._size)
-        self._ends: list[list[float]] = blocks.sum(-1, dtype=torch.float64).cumsum(-1).tolist()
-        self._blocks = blocks.numpy()  # for slices at a tenth of torch's price
-
-    def drawn(self, law: int, points: list[float]) -> list[int]:
-        """One token for each point in [0, 1), none twice; fewer when little is left of the law."""
-        ends, blocks = self._ends[law], self._blocks[law]
-        inside: dict[int, list[float]] = {}
-        gaps: list[tuple[float, float]] = []  # start and width of what was drawn, by start
-        tokens: list[int] = []
-        gone, total = 0.0, ends[-1]
-        for point in points:
-            if total - gone < LEAST_LEFT * total:
+    Fewer when little is left of the law.
+    """
+    gaps: list[tuple[float, float]] = []  # start and width of what was drawn, by start
+    tokens: list[int] = []
+    gone, total = 0.0, float(ends[-1])
+    for point in points:
+        if total - gone < LEAST_LEFT * total:
+            break
+        at = point * (total - gone)
+        for start, width in gaps:
+            if at < start:
                 break
-            at = point * (total - gone)
-            for start, width in gaps:
-                if at < start:
-                    break
-                at += width
-            block = min(bisect_right(ends, at), len(ends) - 1)
-            begin = ends[block - 1] if block else 0.0
-            if block not in inside:
-                inside[block] = list(accumulate(blocks[block].tolist(), initial=begin))
-            edges = inside[block]
-            place = bisect_right(edges, at) - 1
-            token = block * self._size + place
-            if place >= self._size or token in tokens:  # rounding at an edge: drawn anew
-                break
-            width = edges[place + 1] - edges[place]
-            insort(gaps, (edges[place], width))
-            gone += width
-            tokens.append(token)
-        return tokens
+            at += width
+        token = bisect_right(ends, at)
+        if token == len(ends) or token in tokens:  # rounding at an edge: drawn anew
+            break
+        start = float(ends[token - 1]) if token else 0.0
+        width = float(ends[token]) - start
+        insort(gaps, (start, width))
+        gone += width
+        tokens.append(token)
+    return tokens
 
 
 def _with_surplus(drawn: list[int], count: int, size: int) -> list[int]:

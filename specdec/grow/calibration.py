@@ -173,43 +173,24 @@ class DrawnValues:
 
     def of(self, seen: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """[M, W] each, for what was seen of laws and the draws' probabilities [M, W]."""
+        drawn = _doubles(shares)
         likeliest, rest, mean = np.split(_doubles(seen), [-2, -1], axis=1)
         masses, tokens = np.concatenate([likeliest, rest], 1), np.concatenate([likeliest, mean], 1)
-        whole = _at_knots(masses, *_places(tokens)).sum(1)  # the laws' mass at the knots, [M, G]
-        drawn = _doubles(shares)
-        low, part = _places(drawn)
+        heights = np.log2(np.concatenate([tokens, drawn], 1).clip(KNOTS[0], 1.0))
         rates = self.table.of_ranks(drawn.shape[1]).numpy()
-        ranks = np.arange(drawn.shape[1])
-        accept = rates[ranks, low] * (1.0 - part) + rates[ranks, low + 1] * part
+        of_ranks = np.stack([np.interp(heights, LOG_KNOTS, row) for row in rates], 1)  # [M, W (rank), L + 1 + W]
+        of_tokens, of_drawn = np.split(of_ranks, [tokens.shape[1]], axis=2)
+        accept = of_drawn.diagonal(axis1=1, axis2=2)
         stay = _exclusive((1.0 - accept).cumprod(1), 1.0)
-        before = _exclusive(_at_knots(drawn, low, part).cumsum(1), 0.0)  # by the draws before each, [M, W, G]
+        # E_{y ~ R_j}[a(j, q(y))]: the whole law's sum for draw j, without the part of the draws before j.
+        whole, taken = (of_tokens * masses[:, None]).sum(-1), np.tril(of_drawn * drawn[:, None], -1).sum(-1)
         left = (1.0 - _exclusive(drawn.cumsum(1), 0.0)).clip(min=1e-6)
-        # E_{y ~ R_j}[a(j, q(y))], with what the draws before j took away from the law.
-        expected = ((whole[:, None] - before).clip(min=0.0) * rates).sum(-1) / left
-        keys, reaches = stay * expected.clip(max=1.0), stay * accept
-        return torch.from_numpy(keys), torch.from_numpy(reaches)
+        expected = ((whole - taken).clip(min=0.0) / left).clip(max=1.0)
+        return torch.from_numpy(stay * expected), torch.from_numpy(stay * accept)
 
 
 def _doubles(values: Tensor) -> Doubles:
     return values.double().cpu().numpy()
-
-
-def _places(shares: Doubles) -> tuple[NDArray[np.intp], Doubles]:
-    """The knot below each probability, and how far it is to the next one."""
-    x = np.log2(shares.clip(KNOTS[0], 1.0))
-    low = np.minimum(LOG_KNOTS.searchsorted(x, side="right") - 1, len(KNOTS) - 2)
-    return low, (x - LOG_KNOTS[low]) / (LOG_KNOTS[low + 1] - LOG_KNOTS[low])
-
-
-def _at_knots(masses: Doubles, low: NDArray[np.intp], part: Doubles) -> Doubles:
-    """Masses [M, K] at such places, each split between the knots around it; [M, K, G].
-
-    Where a is a straight line between knots, what such masses give at the knots is what they give at the tokens.
-    """
-    split = np.zeros((*masses.shape, len(KNOTS)))
-    np.put_along_axis(split, low[..., None], (masses * (1.0 - part))[..., None], -1)
-    np.put_along_axis(split, low[..., None] + 1, (masses * part)[..., None], -1)
-    return split
 
 
 def _exclusive(cumulated: Doubles, first: float) -> Doubles:

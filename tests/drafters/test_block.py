@@ -22,7 +22,7 @@ from specdec.formats.checkpoint import HeadCheckpoint
 from specdec.heads.dflash import FULL, SLIDING, DFlashConfig, DFlashHead, block_ids, causal_in_block
 from specdec.pending import TapRun
 from specdec.probe import target_of
-from specdec.target import Target
+from specdec.target import FLEX, Target
 from tests.families import VOCAB, Reference, model_of, redraw, reference, sizes, tiny_model
 from tests.tiny import make_target
 
@@ -97,6 +97,18 @@ def generate(model: Any, one: Reference, drafter: Any, **options: Any) -> Any:
         model, **one.prompts.inputs, drafter=drafter, return_dict_in_generate=True,
         **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **options},
     )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_the_head_keeps_its_own_attention_where_the_target_has_flex_attention() -> None:
+    """The target is verified through block masks, the head gets additive ones."""
+    model, one = tiny_model("llama", FLEX, layers=2), reference(tiny_model("llama", "sdpa", layers=2), [13, 6, 10], 10)
+    target = target_of(model)
+    for variant in VARIANTS.values():
+        drafter = KnowingDrafter(target, head_for(target, **variant), texts(one), budget=9)
+        output = generate(model, one, drafter, max_new_tokens=10)
+        assert output.sequences.tolist() == one.sequences.tolist()
+        assert 0 < output.stats.accepted < output.stats.drafted
 
 
 @pytest.mark.parametrize("family", FAMILIES)
