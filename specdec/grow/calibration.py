@@ -151,8 +151,7 @@ def _prior(kind: Kind) -> Tensor:
 class DrawnValues:
     """Keys and reaches of drawn children by a table; see the module.
 
-    Laws are looked at where they are. The few numbers that this leaves of each are worked on on the host, in numpy: its
-    calls on small arrays cost a tenth of torch's.
+    What is left of each law are a few numbers; numpy works on them, since its calls on small arrays cost less than torch's.
     """
 
     def __init__(self, table: AcceptanceTable) -> None:
@@ -173,8 +172,8 @@ class DrawnValues:
 
     def of(self, seen: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """[M, W] each, for what was seen of laws and the draws' probabilities [M, W]."""
-        drawn = _doubles(shares)
-        likeliest, rest, mean = np.split(_doubles(seen), [-2, -1], axis=1)
+        drawn = shares.double().numpy()
+        likeliest, rest, mean = np.split(seen.double().numpy(), [-2, -1], axis=1)
         masses, tokens = np.concatenate([likeliest, rest], 1), np.concatenate([likeliest, mean], 1)
         heights = np.log2(np.concatenate([tokens, drawn], 1).clip(KNOTS[0], 1.0))
         rates = self.table.of_ranks(drawn.shape[1]).numpy()
@@ -187,10 +186,6 @@ class DrawnValues:
         left = (1.0 - _exclusive(drawn.cumsum(1), 0.0)).clip(min=1e-6)
         expected = ((whole - taken).clip(min=0.0) / left).clip(max=1.0)
         return torch.from_numpy(stay * expected), torch.from_numpy(stay * accept)
-
-
-def _doubles(values: Tensor) -> Doubles:
-    return values.double().cpu().numpy()
 
 
 def _exclusive(cumulated: Doubles, first: float) -> Doubles:

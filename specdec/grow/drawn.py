@@ -52,6 +52,7 @@ class SlotValues(Protocol):
     def of(self, seen: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         """From what was seen of laws and the draws' q [M, W]: keys [M, W] and the reach of each drawn child [M, W].
 
+        All on the host, in float64.
         Key j may use the law and draws before j; reach j may use draw j as well.
         """
         ...
@@ -133,11 +134,14 @@ class DrawnGrowth:
         laws, ids = _without_empty(laws, width)
         q = laws.softmax(-1)
         tokens = chooser.draw_without_replacement(laws, min(width, q.shape[1]))
-        shares = q.gather(1, tokens)
         exists = laws.gather(1, tokens).isfinite()
-        keys, reaches = self.values.of(self.values.seen(q), shares)
-        tokens = tokens if ids is None else ids.gather(1, tokens)
-        return Draws.of(tokens, shares, keys.masked_fill(~exists, 0.0), reaches.masked_fill(~exists, 0.0))
+        seen = self.values.seen(q)
+        names = tokens if ids is None else ids.gather(1, tokens)
+        parts = [names.double(), q.gather(1, tokens).double(), exists.double(), seen.double()]
+        widths = [part.shape[1] for part in parts]
+        drawn, shares, real, seen = torch.cat(parts, 1).cpu().split(widths, dim=1)  # one transfer; the rest is small
+        keys, reaches = self.values.of(seen, shares)
+        return Draws(drawn.long(), shares, keys * real, reaches * real)
 
 
 def _without_empty(laws: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
@@ -162,12 +166,6 @@ class Draws:
     shares: Tensor
     keys: Tensor
     reaches: Tensor
-
-    @staticmethod
-    def of(tokens: Tensor, shares: Tensor, keys: Tensor, reaches: Tensor) -> Draws:
-        """From the device, in one transfer."""
-        values = torch.stack([shares.double(), keys.double(), reaches.double(), tokens.double()]).cpu()
-        return Draws(values[3].long(), *values[:3])
 
 
 class Slots:
