@@ -151,7 +151,7 @@ def _prior(kind: Kind) -> Tensor:
 class DrawnValues:
     """Keys and reaches of drawn children by a table; see the module.
 
-    What is left of each law are a few numbers; numpy works on them, since its calls on small arrays cost less than torch's.
+    A few numbers are left of each law. They are numpy's, whose calls on small arrays cost less than torch's.
     """
 
     def __init__(self, table: AcceptanceTable) -> None:
