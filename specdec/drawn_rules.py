@@ -96,7 +96,7 @@ class _Trials:
 
     def __init__(self, tree: TokenTree, law: Law, chooser: Chooser, row: int) -> None:
         assert tree.log_q is not None
-        self._log_q = tree.log_q[row]
+        self._log_q = tree.log_q[row].to(tree.tokens.device)  # a draft model may have a device of its own
         self._tokens = tree.ids[row]
         self._children = tree.shapes[row].children
         self._law, self._chooser, self._row = law, chooser, row
