@@ -27,7 +27,7 @@ class TargetsOwnText:
 
     def served(self) -> PreTrainedModel:
         """A head is no model that could write alone."""
-        raise NotImplementedError
+        raise TypeError("a draft head cannot write alone; the target does, with the head as its drafter")
 
     def drafter(self) -> Drafter:
         """With the head's present weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,7 @@ from specdec.train.batch import TrainBatch
 from specdec.train.objective import Objective, Term
 
 
-class HeadTraining:
+class HeadTraining(ABC):
     """Base of a kind: subclasses say which taps they read and compute the terms.
 
     Args:
@@ -43,9 +44,9 @@ class HeadTraining:
         for parameter in target.model.parameters():
             parameter.requires_grad_(False)
 
+    @abstractmethod
     def terms(self, batch: TrainBatch, objective: Objective) -> list[Term]:
         """The loss of a batch, as addends."""
-        raise NotImplementedError
 
     def target_logits(self, hidden: Tensor) -> Tensor:
         """The target's own output matrix on states [M, D] of any dtype, with its family's scale or cap."""
