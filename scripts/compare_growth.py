@@ -20,6 +20,7 @@ see the same prompts; intervals and paired ratios resample prompts.
     dyspec              drawn children, best slot first, verified by traversal; at temperature 0 it is best-first
     dyspec-recursive    the same trees verified as the paper does, by recursive rejection
     calibrated          begins with tables learned on the other modules, and goes on learning
+    calibrated-0.1      the same, but no node whose chance of acceptance is below 0.1: the budget is only the most
     calibrated-cold     as it comes, and learns nothing: the first step of a first prompt, which later ones surpass
 
 Children are drawn at temperatures above 0 wherever a policy can do both. What cannot differ is measured once: a chain
@@ -57,7 +58,8 @@ from specdec.target import Target
 from specdec.tree import TokenTree
 
 POLICIES = (
-    "chain", "fixed", "sequoia", "eagle2", "best-first", "dyspec", "dyspec-recursive", "calibrated", "calibrated-cold",
+    "chain", "fixed", "sequoia", "eagle2", "best-first", "dyspec", "dyspec-recursive", "calibrated",
+    "calibrated-0.1", "calibrated-cold",
 )  # fmt: skip
 WIDTH = 10
 """Children of a node at most, of all policies that follow the text."""
@@ -117,6 +119,12 @@ def drafter_of(name: str, budget: int, temperature: float, pair: Pair, args: arg
         "dyspec": {"grow": "dyspec"},
         "dyspec-recursive": {"grow": "dyspec"},
         "calibrated": {"grow": "calibrated", "table": str(tables_file(args, temperature)), **either},
+        "calibrated-0.1": {
+            "grow": "calibrated",
+            "table": str(tables_file(args, temperature)),
+            "threshold": 0.1,
+            **either,
+        },
         "calibrated-cold": {"grow": UnlearnedGrowth(budget, args.depth, WIDTH, children)},
     }
     return DraftModelDrafter(pair.draft, **{"depth": args.depth, "budget": budget, **options[name]})

@@ -42,7 +42,7 @@ class DraftModelDrafter:
         grow: how the tree takes its shape, a word of `specdec.grow.named`; or a policy of your own, which overrides
             all options here.
         width: most children of a node.
-        threshold: when `opt-tree` and `dyspec` stop.
+        threshold: when `opt-tree`, `dyspec` and `calibrated` stop.
         table: JSON file with what was measured, see `specdec.grow.named`.
         shape: a fixed shape, in place of depth, budget and the like.
     """

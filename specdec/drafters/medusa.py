@@ -52,7 +52,7 @@ class MedusaDrafter:
         grow: how the tree takes its shape, a word of `specdec.grow.named` ("best-first" is DDTree here), or a policy
             of your own. "fixed" is Medusa's construction: from `table`, or from the published accuracies.
         width: most children of a node.
-        threshold: when `opt-tree` and `dyspec` stop.
+        threshold: when `opt-tree`, `dyspec` and `calibrated` stop.
         table: JSON file with what was measured, see `specdec.grow.named`.
         shape: a fixed shape, in place of depth, budget and the like; what lies deeper than there are heads is cut off.
 

@@ -202,18 +202,30 @@ class CalibratedGrowth:
         width: most children of a node.
         children: "chosen", or "drawn" when sampling; at temperature 0 children are always chosen.
         path: JSON file to begin with; see `save`.
+        threshold: least chance of being accepted for which a node is taken, even where the budget has room. A node
+            pays where its chance is above what it costs: the seconds of one more node in a draft and a verify forward,
+            over the seconds of one token.
     """
 
     def __init__(
-        self, budget: int, depth: int, width: int, children: Children = "chosen", path: Path | None = None
+        self,
+        budget: int,
+        depth: int,
+        width: int,
+        children: Children = "chosen",
+        path: Path | None = None,
+        *,
+        threshold: float = 0.0,
     ) -> None:
         self.budget, self.depth, self.width, self.children = budget, depth, width, children
+        self.threshold = threshold
         self.tables: dict[Kind, AcceptanceTable] = {
             "chosen": AcceptanceTable("chosen"),
             "drawn": AcceptanceTable("drawn"),
         }
-        self._chosen = ChosenGrowth(budget, depth, width, worth=self.tables["chosen"].of)
-        self._drawn = DrawnGrowth(budget, depth, width, values=DrawnValues(self.tables["drawn"]))
+        chosen, drawn = self.tables["chosen"], self.tables["drawn"]
+        self._chosen = ChosenGrowth(budget, depth, width, least_value=threshold, worth=chosen.of)
+        self._drawn = DrawnGrowth(budget, depth, width, threshold=threshold, values=DrawnValues(drawn))
         self._last: tuple[TokenTree, list[list[tuple[int, float]]]] | None = None
         if path is not None:
             self.load(path)

@@ -35,6 +35,7 @@ class ChosenGrowth:
         beam: most nodes to expand on one level; None for all that may still matter, which makes the tree the best
             one of its budget.
         least_gain: stop below a level that raised the value of the best `budget` nodes by less than this.
+        least_value: nodes of smaller value are left out, even where the budget has room.
         worth: the value of a child beside its parent's; by default its draft probability.
     """
 
@@ -46,15 +47,16 @@ class ChosenGrowth:
         *,
         beam: int | None = None,
         least_gain: float = 0.0,
+        least_value: float = 0.0,
         worth: Worth | None = None,
     ) -> None:
         self.budget, self.depth, self.width = budget, depth, width
-        self.beam, self.least_gain, self.worth = beam, least_gain, worth
+        self.beam, self.least_gain, self.least_value, self.worth = beam, least_gain, least_value, worth
 
     @property
     def is_best_first(self) -> bool:
         """Whether the tree is the best one of its budget by draft probability alone."""
-        return self.beam is None and self.least_gain == 0 and self.worth is None
+        return self.beam is None and self.least_gain == 0 and self.least_value == 0 and self.worth is None
 
     @property
     def is_chain(self) -> bool:
@@ -72,7 +74,7 @@ class ChosenGrowth:
 
     def grow_pool(self, root: Tensor, room: int, expand: Expand, most_children: int) -> Pool:
         """Every candidate that was looked at, with its value."""
-        pool = Pool(root, self.budget)
+        pool = Pool(root, self.budget, self.least_value)
         frontier: Frontier | None = Frontier.of_roots(root)
         value = torch.zeros(root.shape[0])
         levels = min(self.depth, room)
@@ -104,12 +106,14 @@ class Pool:
 
     Attributes:
         tokens, parents, ranks, shares, log_values, columns: [B, P]; parents are entries, columns are NO_NODE until
-            an entry is expanded. Entries without value (padding, tokens without mass) have log-value minus infinity.
+            an entry is expanded. Entries without value (padding, tokens without mass, values below the least) have
+            log-value minus infinity.
     """
 
-    def __init__(self, root: Tensor, budget: int) -> None:
+    def __init__(self, root: Tensor, budget: int, least_value: float = 0.0) -> None:
         rows = root.shape[0]
         self.budget = budget
+        self._least = math.log(least_value) if least_value > 0 else -math.inf
         self.tokens = root.cpu()[:, None]
         self.parents = torch.full((rows, 1), NO_NODE)
         self.ranks = torch.zeros(rows, 1, dtype=torch.long)
@@ -127,7 +131,8 @@ class Pool:
         self._kept = None
         parents = self._expanded
         log_values = self.log_values.gather(1, parents.clamp(min=0))[:, :, None] + log_worths
-        log_values = log_values.masked_fill((parents == NO_NODE)[:, :, None], -torch.inf)
+        left_out = (parents == NO_NODE)[:, :, None] | (log_values < self._least)
+        log_values = log_values.masked_fill(left_out, -torch.inf)
         ranks = torch.arange(count).expand_as(tokens)
         self._added = slice(self.tokens.shape[1], self.tokens.shape[1] + tokens[0].numel())
         self.tokens = torch.cat([self.tokens, tokens.reshape(rows, -1)], 1)

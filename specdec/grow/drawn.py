@@ -80,7 +80,7 @@ class DrawnGrowth:
         budget: most proposed nodes.
         depth: most levels.
         width: most children of a node.
-        threshold: slots with a smaller key are not taken.
+        threshold: slots with a smaller key are not taken; without sampling, nodes of smaller value.
         values: what slots are worth.
     """
 
@@ -89,7 +89,7 @@ class DrawnGrowth:
     ) -> None:
         self.budget, self.depth, self.width, self.threshold = budget, depth, width, threshold
         self.values: SlotValues = values or DraftProbabilities()
-        self._without_sampling = ChosenGrowth(budget, depth, width)
+        self._without_sampling = ChosenGrowth(budget, depth, width, least_value=threshold)
 
     @property
     def is_chain(self) -> bool:

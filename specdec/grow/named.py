@@ -7,7 +7,7 @@ opt-tree     go deeper while that gains enough
 clover       few nodes, spent from the top down; children far behind the likeliest are dropped
 best-first   the best tree of its budget by draft probability (on independent marginals: DDTree)
 dyspec       drawn children, best slot first, or all slots above a threshold
-calibrated   best-first by acceptance learned while decoding
+calibrated   best-first by acceptance learned while decoding, or all nodes above a threshold
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def growth_named(
         depth: most levels.
         budget: most proposed nodes; at most `depth` or None for a chain where the shape is fixed.
         width: most children of a node; None for no limit on fixed shapes, else DEFAULT_WIDTH.
-        threshold: opt-tree's least gain of a level, dyspec's least key of a slot.
+        threshold: opt-tree's least gain of a level, dyspec's least key of a slot, calibrated's least chance of a node.
         table: a JSON file: paths or counts for `fixed`, counts or a vector for `sequoia`, tables for `calibrated`.
         children: "chosen" or "drawn", where the policy leaves it open.
         min_confidence: see `grow_levels`; fixed shapes only.
@@ -165,7 +165,7 @@ def _dyspec(limits: Limits) -> GrowthPolicy:
 
 
 def _calibrated(limits: Limits) -> GrowthPolicy:
-    return CalibratedGrowth(*limits.sizes, limits.children, limits.table)
+    return CalibratedGrowth(*limits.sizes, limits.children, limits.table, threshold=limits.threshold or 0.0)
 
 
 def _json(path: Path) -> Any:
@@ -193,6 +193,6 @@ USED: dict[str, set[str]] = {
     "clover": {"threshold"},
     "best-first": set(),
     "dyspec": {"threshold", "children=drawn"},
-    "calibrated": {"table", "children=drawn"},
+    "calibrated": {"threshold", "table", "children=drawn"},
 }
 """Options beside depth, budget and width that a policy has a use for."""

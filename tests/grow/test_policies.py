@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specdec.errors import UnknownDrafter
+from specdec.grow.calibration import AcceptanceTable, DrawnValues
 from specdec.grow.chosen import ChosenGrowth
 from specdec.grow.drawn import DrawnGrowth
 from specdec.grow.marginals import ddtree, grow_on_marginals
@@ -133,6 +134,42 @@ def test_heap_and_threshold_agree_at_the_matching_threshold(seed: int, budget: i
     assert paths(layered.tree) == {path for path, _ in by_heap}
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("threshold", [0.02, 0.1, 0.3])
+def test_calibrated_drawn_growth_above_a_threshold_is_best_first_that_stops_there(seed: int, threshold: float) -> None:
+    """What is not run below the threshold is not missed: the same slots as of a growth that ran everything."""
+    table = AcceptanceTable("drawn")
+    rates = torch.rand(table.rates.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    table.set_rates(0.05 + 0.9 * rates)
+    values, logits = DrawnValues(table), random_law(seed)
+    everything, pruned = Draft([logits]), Draft([logits])
+    slots = DrawnGrowth(1000, 4, 3, values=values).grow_slots(
+        torch.zeros(1, dtype=torch.long), SAMPLING, ScriptedChooser(), 99, everything.expand, VOCAB
+    )
+    (expected,), _ = slots.best_first(DrawnGrowth(1000, 4, 3, threshold=threshold, values=values))
+    grown = pruned.grow(DrawnGrowth(1000, 4, 3, threshold=threshold, values=values))
+    assert grown.tree.num_drafted == [len(expected)]
+    assert [node for node, _, _ in expected] == list(grown.tree.shapes[0].parents[1:])
+    assert sum(pruned.forwards) <= sum(everything.forwards)
+    assert len(expected) < 3 + 9 + 27 + 81, "else nothing was left out"
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("least", [0.02, 0.1, 0.4, 1.0])
+def test_chosen_growth_above_a_least_value_keeps_the_best_paths_that_are_worth_it(seed: int, least: float) -> None:
+    logits = random_law(seed)
+    law = probabilities(logits)
+
+    def value(path: tuple[int, ...]) -> float:
+        return math.prod(law(path[:level])[token] for level, token in enumerate(path))
+
+    expected = {path for path in best_paths(law, 12, 3, 4, VOCAB) if value(path) >= least}
+    draft = Draft([logits])
+    assert paths(draft.grow(ChosenGrowth(12, 3, 4, least_value=least)).tree) == expected
+    if not expected:
+        assert draft.forwards == [1]
+
+
 def test_values_never_grow_downwards_so_what_is_not_run_is_not_missed() -> None:
     """A level never runs more nodes than the budget; where one path is sure, the others are soon dropped."""
     for share, most in ((0.999, 2), (1 / VOCAB, 8)):
@@ -158,7 +195,8 @@ def test_opt_tree_stops_where_a_level_brings_too_little() -> None:
     "policy",
     [
         ChosenGrowth(9, 4, 3, beam=3), ChosenGrowth(9, 4, 3, least_gain=0.3), ChosenGrowth(9, 4, 3),
-        DrawnGrowth(9, 4, 3), DrawnGrowth(9, 4, 3, threshold=0.1),
+        DrawnGrowth(9, 4, 3), DrawnGrowth(9, 4, 3, threshold=0.1), ChosenGrowth(9, 4, 3, least_value=0.05),
+        growth_named("calibrated", depth=4, budget=9, width=3, children="drawn", threshold=0.1),
         growth_named("calibrated", depth=4, budget=9, width=3, children="drawn"),
         growth_named("calibrated", depth=4, budget=9, width=3),
     ],
@@ -255,6 +293,7 @@ def test_several_chains_become_one_tree_of_all_their_prefixes() -> None:
         ("best-first", {"table": "x.json"}, "no use for table"),
         ("opt-tree", {"threshold": -0.1}, "at least 0"),
         ("opt-tree", {"threshold": math.nan}, "at least 0"),
+        ("calibrated", {"threshold": -0.1}, "at least 0"),
         ("dyspec", {"budget": 0}, "budget >= 1"),
         ("dyspec", {"budget": 5000}, "at most 1024"),
         ("dyspec", {"width": 0}, "width >= 1"),

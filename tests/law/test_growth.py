@@ -44,9 +44,11 @@ LENGTH = 4
 DRAWN_RULES: tuple[Rule, ...] = ("traversal", "recursive", "walk")
 
 
-def calibrated(budget: int, depth: int, width: int, children: str, seed: int = 0) -> CalibratedGrowth:
+def calibrated(
+    budget: int, depth: int, width: int, children: str, seed: int = 0, threshold: float = 0.0
+) -> CalibratedGrowth:
     """With tables of random rates, as after some learning."""
-    policy = CalibratedGrowth(budget, depth, width, children)  # type: ignore[arg-type]
+    policy = CalibratedGrowth(budget, depth, width, children, threshold=threshold)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     for table in policy.tables.values():
         table.set_rates(0.1 + 0.6 * torch.rand(table.rates.shape, dtype=torch.float64, generator=generator))
@@ -62,6 +64,7 @@ CHOSEN: dict[str, Callable[[], GrowthPolicy]] = {
     "opt-tree": lambda: ChosenGrowth(5, 3, 3, least_gain=0.4),
     "best-first": lambda: ChosenGrowth(6, 3, 3),
     "calibrated": lambda: calibrated(5, 3, 3, "chosen"),
+    "calibrated by threshold": lambda: calibrated(9, 3, 3, "chosen", threshold=0.2),
 }
 DRAWN: dict[str, Callable[[], GrowthPolicy]] = {
     "sequoia": lambda: FixedGrowth(sequoia_shape(4, 2, (0.4, 0.45, 0.1), 3), "drawn"),
@@ -73,6 +76,7 @@ DRAWN: dict[str, Callable[[], GrowthPolicy]] = {
     "dyspec, one child": lambda: DrawnGrowth(2, 3, 1),
     "calibrated": lambda: calibrated(4, 2, 2, "drawn"),
     "calibrated, deep": lambda: calibrated(2, 3, 2, "drawn", seed=1),
+    "calibrated by threshold": lambda: calibrated(9, 2, 2, "drawn", threshold=0.2),
     "calibrated, unlearned": lambda: CalibratedGrowth(4, 2, 2, "drawn"),
 }
 DRAWN_CASES = [pytest.param(make, rule, id=f"{name}-{rule}") for name, make in DRAWN.items() for rule in DRAWN_RULES]
