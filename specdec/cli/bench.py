@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from specdec import optimize as optimized
 from specdec.bench import BenchRun, QuestionSet, Settings, load_questions, run_bench
 from specdec.bench.methods import PLAIN
 from specdec.bench.report import write_report
 from specdec.bench.summary import Summary, summarize, write_summary
+from specdec.cli import bench_options as option
 from specdec.cli.console import FAILURE, INTERRUPTED, note, out
-from specdec.cli.model import DEMO_MODELS, load_model, load_tokenizer
-from specdec.cli.options import DRAFTER_HELP, Device, Dtype, DtypeOption, Json, MaxNewTokens, Threads, within
+from specdec.cli.model import DEMO_MODELS, load_for_timing
+from specdec.cli.options import Device, Dtype, DtypeOption, Json, MaxNewTokens, TargetName, Temperature, Threads
 from specdec.cli.progress import progress
 
 DEMO_QUESTIONS, QUESTIONS = "demo-code", "six"
@@ -38,88 +36,34 @@ class _BenchGroup(TyperGroup):
 app = typer.Typer(cls=_BenchGroup, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]})
 
 
-class HistoryOf(StrEnum):
-    """Whose answers the prompt of a later turn holds."""
-
-    own = "own"
-    reference = "reference"
+def questions_for(target: str, name: str | None) -> QuestionSet:
+    """The question set of this name or file; without one, that which suits the target."""
+    return load_questions(name or (DEMO_QUESTIONS if target in DEMO_MODELS else QUESTIONS))
 
 
 @app.command("run", epilog="Render and compare runs without running anything: specdec bench report DIR... --out DIR")
 def bench(
-    target: Annotated[
-        str, typer.Argument(help="The model: a directory, a hub id, or the word [bold]demo[/bold].", show_default=False)
-    ],
-    drafter: Annotated[
-        list[str] | None,
-        typer.Option("--drafter", "-d", help=DRAFTER_HELP + " May be given several times.", show_default=False),
-    ] = None,
-    questions: Annotated[
-        str | None,
-        typer.Option(
-            "--questions",
-            "-q",
-            help="A question set by name (six, demo-code, spec-bench, mt-bench, humaneval, gsm8k) or a file; "
-            "by default demo-code for the target demo, six for others.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(callback=within(1), help="At most so many questions of each column.")
-    ] = None,
-    category: Annotated[
-        list[str] | None, typer.Option("--category", help="Only this category or column. May be given several times.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(callback=within(1), help="Passes over all questions.")] = 1,
+    target: TargetName,
+    drafter: option.Drafters = None,
+    questions: option.Questions = None,
+    limit: option.Limit = None,
+    category: option.Categories = None,
+    repeats: option.Repeats = 1,
     max_new_tokens: MaxNewTokens = 128,
-    out_folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Directory of the run; one with an unfinished run of the same settings is gone on with. "
-            "By default a new one in specdec-bench/.",
-            show_default=False,
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(callback=within(1), help="Questions generated together.")] = 1,
-    temperature: Annotated[
-        float, typer.Option(callback=within(0), help="0 takes the most probable token; above 0 draws.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the order of methods and of the draws.")] = 0,
-    fixed_length: Annotated[
-        bool, typer.Option("--fixed-length", help="Go on past the end of text: every answer has --max-new-tokens.")
-    ] = False,
-    history: Annotated[
-        HistoryOf, typer.Option(help="Whose answers a second turn's prompt holds: the method's own, or plain's.")
-    ] = HistoryOf.own,
-    carry_over: Annotated[
-        bool, typer.Option("--carry-over", help="Drafters keep what they remember from question to question.")
-    ] = False,
-    assisted: Annotated[
-        str | None,
-        typer.Option(
-            help="Also measure transformers' assisted generation with this draft model (demo-draft or a path)."
-        ),
-    ] = None,
-    prompt_lookup: Annotated[
-        int | None,
-        typer.Option(callback=within(1), help="Also measure transformers' prompt lookup with so many tokens."),
-    ] = None,
-    against_itself: Annotated[
-        bool,
-        typer.Option("--against-itself", help="Also measure plain a second time: its interval should contain 1."),
-    ] = False,
-    template: Annotated[
-        str, typer.Option(help="Chat template: auto (the tokenizer's), raw for none, a file, or Jinja.")
-    ] = "auto",
-    system: Annotated[str | None, typer.Option(help="System message.", show_default=False)] = None,
-    use_optimized: Annotated[
-        bool, typer.Option("--optimize/--no-optimize", help="Call specdec.optimize(model), for all methods alike.")
-    ] = True,
-    phases: Annotated[
-        bool, typer.Option("--phases/--no-phases", help="Time drafting, verification and acceptance of each step.")
-    ] = True,
+    out_folder: option.OutFolder = None,
+    batch_size: option.BatchSize = 1,
+    temperature: Temperature = 0.0,
+    seed: option.Seed = 0,
+    fixed_length: option.FixedLength = False,
+    history: option.History = option.HistoryOf.own,
+    carry_over: option.CarryOver = False,
+    assisted: option.Assisted = None,
+    prompt_lookup: option.PromptLookup = None,
+    against_itself: option.AgainstItself = False,
+    template: option.Template = "auto",
+    system: option.System = None,
+    use_optimized: option.Optimize = True,
+    phases: option.Phases = True,
     dtype: DtypeOption = Dtype.auto,
     device: Device = "auto",
     threads: Threads = None,
@@ -134,40 +78,17 @@ def bench(
     Example: specdec bench demo --drafter lookup --drafter demo-draft --limit 6
     """
     settings = Settings(
-        max_new_tokens=max_new_tokens,
-        repeats=repeats,
-        batch_size=batch_size,
-        temperature=temperature,
-        seed=seed,
-        fixed_length=fixed_length,
-        history=history.value,
-        carry_over=carry_over,
-        phases=phases,
-    )
-    chosen = _questions(questions or (DEMO_QUESTIONS if target in DEMO_MODELS else QUESTIONS), limit, category)
-    if threads or target in DEMO_MODELS:
-        torch.set_num_threads(threads or 1)  # threads of so small a model wait for each other most of the time
-    if target in DEMO_MODELS and dtype is Dtype.auto:
-        dtype = Dtype.float32  # stored in bfloat16 to be small, exact and faster on a CPU in float32
-    model, tokenizer = load_model(target, dtype, device), load_tokenizer(target)
-    if use_optimized:
-        optimized(model)
+        max_new_tokens=max_new_tokens, repeats=repeats, batch_size=batch_size, temperature=temperature, seed=seed,
+        fixed_length=fixed_length, history=history.value, carry_over=carry_over, phases=phases,
+    )  # fmt: skip
+    chosen = _limited(questions_for(target, questions), limit, category)
+    model, tokenizer = load_for_timing(target, dtype, device, threads, optimize=use_optimized)
     with progress() as tell, _interruptible():
         run = run_bench(
-            model,
-            tokenizer,
-            chosen,
-            list(dict.fromkeys(drafter or [])),
-            out=out_folder,
-            settings=settings,
-            assistant=assisted,
-            lookup_tokens=prompt_lookup,
-            against_itself=against_itself,
-            template=template,
-            system=system,
-            target_name=target,
-            progress=tell,
-        )
+            model, tokenizer, chosen, list(dict.fromkeys(drafter or [])), out=out_folder, settings=settings,
+            assistant=assisted, lookup_tokens=prompt_lookup, against_itself=against_itself, template=template,
+            system=system, target_name=target, progress=tell,
+        )  # fmt: skip
     summary = summarize(run.path)
     write_summary(summary, run.path)
     write_report([run.path], run.path)
@@ -197,8 +118,7 @@ def report(
     note(f"report: {folder / 'report.html'}")
 
 
-def _questions(name: str, limit: int | None, categories: list[str] | None) -> QuestionSet:
-    questions = load_questions(name)
+def _limited(questions: QuestionSet, limit: int | None, categories: list[str] | None) -> QuestionSet:
     return questions.limited(limit, categories) if limit is not None or categories else questions
 
 

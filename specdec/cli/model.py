@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from specdec import optimize as optimized
 from specdec.api import target_of
 from specdec.cli.console import note
 from specdec.demo import draft_path, target_path
@@ -72,6 +73,11 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> PreTrain
     return model.eval().to(place)
 
 
+def dtype_of(name: str, dtype: str) -> str:
+    """The demo pair is stored in bfloat16 to be small; in float32 it is exact, and faster on a CPU."""
+    return "float32" if name in DEMO_MODELS and dtype == "auto" else dtype
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside a model.
 
@@ -83,6 +89,29 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source, local_files_only=isinstance(source, Path))
     except Exception as error:
         raise SpecdecError(f"cannot load a tokenizer from {source}: {_reason(error)}") from error
+
+
+def load_for_timing(
+    name: str, dtype: str, device: str, threads: int | None, *, optimize: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A target and its tokenizer as they are when something is timed.
+
+    Args:
+        name: see `locate`.
+        dtype: see `load_model`; "auto" is float32 for the demo pair.
+        device: see `load_model`.
+        threads: of the CPU; None for as many as torch chooses, and for one where the target is of the demo pair.
+        optimize: whether to call `specdec.optimize`.
+
+    Raises:
+        SpecdecError: as `load_model` and `load_tokenizer` do.
+    """
+    if threads or name in DEMO_MODELS:
+        torch.set_num_threads(threads or 1)  # threads of so small a model wait for each other most of the time
+    model, tokenizer = load_model(name, dtype_of(name, dtype), device), load_tokenizer(name)
+    if optimize:
+        optimized(model)
+    return model, tokenizer
 
 
 def tokens_within_limit(model: PreTrainedModel, prompt_length: int, max_new_tokens: int) -> int:

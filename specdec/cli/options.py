@@ -39,6 +39,12 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+TargetName = Annotated[
+    str, typer.Argument(help="The model: a directory, a hub id, or the word [bold]demo[/bold].", show_default=False)
+]
+DrafterOrNone = Annotated[
+    str, typer.Option("--drafter", "-d", help=DRAFTER_HELP + " [bold]none[/bold] decodes without speculation.")
+]
 Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.", show_default=False)]
 PromptFile = Annotated[
     Path | None,
@@ -54,6 +60,7 @@ PromptFile = Annotated[
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", "-n", callback=within(1), help="Tokens to generate at most.")
 ]
+Temperature = Annotated[float, typer.Option(callback=within(0), help="0 takes the most probable token; above 0 draws.")]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", callback=within(1), help="CPU threads; as many as torch chooses.", show_default=False),

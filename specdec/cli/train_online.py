@@ -16,9 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from specdec.cli.console import note, out
-from specdec.cli.model import load_model, load_tokenizer
+from specdec.cli.model import dtype_of, load_model, load_tokenizer
 from specdec.cli.train_display import LINE_SECONDS, time_text
-from specdec.cli.train_process import dtype_of
 from specdec.train.online_job import (
     FINISHED,
     NOTE,

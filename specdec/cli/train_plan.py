@@ -13,8 +13,7 @@ from rich.table import Table
 
 from specdec.api import target_of
 from specdec.cli.console import note, out
-from specdec.cli.model import load_model
-from specdec.cli.train_process import dtype_of
+from specdec.cli.model import dtype_of, load_model
 from specdec.train.job import NOTE, Job, training_of
 from specdec.train.plan import Plan, plan_run
 from specdec.train.prepare import open_prepared

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from specdec.cli.console import explain, quiet_libraries
-from specdec.cli.model import DEMO_MODELS, load_model, load_tokenizer
+from specdec.cli.model import dtype_of, load_model, load_tokenizer
 from specdec.train.job import Hear, Job, run_job
 from specdec.train.processes import ERROR, PROCESS, accelerator_for, check_processes, tell
 from specdec.train.staged_job import is_staged, run_stages
@@ -35,11 +35,6 @@ def run_here(job: Job, hear: Hear) -> None:
 def runs_on_cpu(device: str) -> bool:
     """Whether a run on this device uses no GPU."""
     return device.startswith("cpu") or not torch.cuda.is_available()
-
-
-def dtype_of(target: str, dtype: str) -> str:
-    """The demo pair is stored in bfloat16 to be small; in float32 it is exact, and faster on a CPU."""
-    return "float32" if target in DEMO_MODELS and dtype == "auto" else dtype
 
 
 def main() -> None:
