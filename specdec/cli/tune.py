@@ -8,17 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from specdec import optimize as optimized
-from specdec.bench import load_questions
-from specdec.cli.bench import DEMO_QUESTIONS, QUESTIONS
+from specdec.cli.bench import questions_for
 from specdec.cli.console import out
-from specdec.cli.model import DEMO_MODELS, load_model, load_tokenizer
-from specdec.cli.options import DRAFTER_HELP, Device, Dtype, DtypeOption, Json, Threads, within
+from specdec.cli.model import load_for_timing
+from specdec.cli.options import (
+    DRAFTER_HELP,
+    Device,
+    Dtype,
+    DtypeOption,
+    Json,
+    TargetName,
+    Temperature,
+    Threads,
+    within,
+)
 from specdec.cli.progress import progress
 from specdec.costs.table import CostTable
 from specdec.tuning.choice import Kept, check_out, keep
@@ -30,59 +37,59 @@ from specdec.tuning.settings import subject_of
 from specdec.tuning.tune import TABLE_FILE, Effort, Tuned
 from specdec.tuning.tune import tune as tuned
 
+Drafter = Annotated[
+    str,
+    typer.Option("--drafter", "-d", help=DRAFTER_HELP + " Options given here stay as they are.", show_default=False),
+]
+Questions = Annotated[
+    str | None,
+    typer.Option(
+        "--questions", "-q", help="A question set by name or a file, as for bench; by default demo-code for the target "
+        "demo, six for others.", show_default=False,
+    ),
+]  # fmt: skip
+Limit = Annotated[int, typer.Option(callback=within(1), help="Questions to decode.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", callback=within(2), help="Tokens to generate at most.")
+]
+Seed = Annotated[int, typer.Option(help="Of the draws.")]
+OutFolder = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Make a drafter directory of a word and the choice.", show_default=False),
+]
+CostFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Use the costs in this file instead of measuring: a plan for another machine.", exists=True,
+        dir_okay=False, show_default=False,
+    ),
+]  # fmt: skip
+SaveCosts = Annotated[Path | None, typer.Option(help="Also write the measured costs to this file.", show_default=False)]
+Grid = Annotated[
+    bool, typer.Option("--grid", help="Also race every setting there is and rank the choice among them. Slow.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure costs also where kept ones still hold.")]
+Write = Annotated[bool, typer.Option("--write/--dry-run", help="Keep the choice, or only print it.")]
+Optimize = Annotated[
+    bool, typer.Option("--optimize/--no-optimize", help="Call specdec.optimize(model), as bench does.")
+]
+
 
 def tune(
-    target: Annotated[
-        str, typer.Argument(help="The model: a directory, a hub id, or the word [bold]demo[/bold].", show_default=False)
-    ],
-    drafter: Annotated[
-        str,
-        typer.Option(
-            "--drafter", "-d", help=DRAFTER_HELP + " Options given here stay as they are.", show_default=False
-        ),
-    ],
-    questions: Annotated[
-        str | None,
-        typer.Option(
-            "--questions",
-            "-q",
-            help="A question set by name or a file, as for bench; by default demo-code for the target demo, six for "
-            "others.",
-            show_default=False,
-        ),
-    ] = None,
-    limit: Annotated[int, typer.Option(callback=within(1), help="Questions to decode.")] = 12,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", callback=within(2), help="Tokens to generate at most.")
-    ] = 64,
-    temperature: Annotated[
-        float, typer.Option(callback=within(0), help="0 takes the most probable token; above 0 draws.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    out_folder: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Make a drafter directory of a word and the choice.", show_default=False),
-    ] = None,
-    costs: Annotated[
-        Path | None,
-        typer.Option(
-            help="Use the costs in this file instead of measuring: a plan for another machine.",
-            exists=True,
-            dir_okay=False,
-            show_default=False,
-        ),
-    ] = None,
-    save_costs: Annotated[
-        Path | None, typer.Option(help="Also write the measured costs to this file.", show_default=False)
-    ] = None,
-    grid: Annotated[
-        bool, typer.Option("--grid", help="Also race every setting there is and rank the choice among them. Slow.")
-    ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure costs also where kept ones still hold.")] = False,
-    write: Annotated[bool, typer.Option("--write/--dry-run", help="Keep the choice, or only print it.")] = True,
-    use_optimized: Annotated[
-        bool, typer.Option("--optimize/--no-optimize", help="Call specdec.optimize(model), as bench does.")
-    ] = True,
+    target: TargetName,
+    drafter: Drafter,
+    questions: Questions = None,
+    limit: Limit = 12,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    out_folder: OutFolder = None,
+    costs: CostFile = None,
+    save_costs: SaveCosts = None,
+    grid: Grid = False,
+    fresh: Fresh = False,
+    write: Write = True,
+    use_optimized: Optimize = True,
     dtype: DtypeOption = Dtype.auto,
     device: Device = "auto",
     threads: Threads = None,
@@ -95,17 +102,9 @@ def tune(
 
     Example: specdec tune demo --drafter demo-draft --limit 6
     """
-    if costs is not None and (fresh or save_costs is not None):
-        raise typer.BadParameter("measures nothing; leave out --fresh and --save-costs", param_hint="--costs")
-    given = None if costs is None else CostTable.load(costs)
-    chosen = load_questions(questions or (DEMO_QUESTIONS if target in DEMO_MODELS else QUESTIONS))
-    if threads or target in DEMO_MODELS:
-        torch.set_num_threads(threads or 1)
-    if target in DEMO_MODELS and dtype is Dtype.auto:
-        dtype = Dtype.float32
-    model, tokenizer = load_model(target, dtype, device), load_tokenizer(target)
-    if use_optimized:
-        optimized(model)
+    given = _given_costs(costs, fresh, save_costs)
+    chosen = questions_for(target, questions)
+    model, tokenizer = load_for_timing(target, dtype, device, threads, optimize=use_optimized)
     check_out(subject_of(drafter, model), out_folder)
     prompts = first_prompts(model, tokenizer, chosen, limit, max_new_tokens)
     job, effort = Job(model, prompts, max_new_tokens, temperature, seed), Effort()
@@ -121,6 +120,15 @@ def tune(
         print(json.dumps(_report(found, ranked, kept)))
     else:
         _print(found, ranked, kept, len(prompts))
+
+
+def _given_costs(costs: Path | None, fresh: bool, save_costs: Path | None) -> CostTable | None:
+    """Costs that are read instead of measured; None where they are measured."""
+    if costs is None:
+        return None
+    if fresh or save_costs is not None:
+        raise typer.BadParameter("measures nothing; leave out --fresh and --save-costs", param_hint="--costs")
+    return CostTable.load(costs)
 
 
 def _print(found: Tuned, ranked: Sequence[Expectation], kept: Kept | None, prompts: int) -> None:
