@@ -13,61 +13,62 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specdec.api import SpeculativeOutput
 from specdec.api import generate as generate_ids
 from specdec.cli.console import note
-from specdec.cli.model import DEMO_MODELS, load_model, load_tokenizer, tokens_within_limit
+from specdec.cli.model import dtype_of, load_model, load_tokenizer, tokens_within_limit
 from specdec.cli.options import (
-    DRAFTER_HELP,
     Device,
+    DrafterOrNone,
     Dtype,
     DtypeOption,
     Json,
     MaxNewTokens,
     Prompt,
     PromptFile,
+    TargetName,
     Threads,
     within,
 )
 from specdec.cli.text import TextStream, prompt_ids, read_prompt, text_pieces
+from specdec.drafter import Drafter
 from specdec.drafters.load import load_drafter
 from specdec.stats import DecodeStats
 
+Temperature = Annotated[
+    float,
+    typer.Option(callback=within(0), help="0 takes the most probable token; above 0 draws from the distribution."),
+]
+TopP = Annotated[
+    float | None, typer.Option(callback=within(0, 1), help="Draw from the smallest set of tokens with this mass.")
+]
+TopK = Annotated[int | None, typer.Option(callback=within(0), help="Draw from the k most probable tokens; 0 for all.")]
+MinP = Annotated[
+    float | None, typer.Option(callback=within(0, 1), help="Drop tokens below this share of the most probable one.")
+]
+Seed = Annotated[int | None, typer.Option(help="Makes drawing repeatable.", show_default=False)]
+Continuations = Annotated[int, typer.Option(callback=within(1), help="Continuations of the same prompt.")]
+Chat = Annotated[
+    bool | None,
+    typer.Option("--chat/--no-chat", help="Use the chat template; by default when there is one.", show_default=False),
+]
+Stats = Annotated[bool, typer.Option("--stats", help="Print tau, speed and acceptance on stderr.")]
+
 
 def generate(
-    target: Annotated[
-        str, typer.Argument(help="The model: a directory, a hub id, or the word [bold]demo[/bold].", show_default=False)
-    ],
-    drafter: Annotated[
-        str, typer.Option("--drafter", "-d", help=DRAFTER_HELP + " [bold]none[/bold] decodes without speculation.")
-    ] = "suffix",
+    target: TargetName,
+    drafter: DrafterOrNone = "suffix",
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Annotated[
-        float,
-        typer.Option(callback=within(0), help="0 takes the most probable token; above 0 draws from the distribution."),
-    ] = 0.0,
-    top_p: Annotated[
-        float | None, typer.Option(callback=within(0, 1), help="Draw from the smallest set of tokens with this mass.")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(callback=within(0), help="Draw from the k most probable tokens; 0 for all.")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(callback=within(0, 1), help="Drop tokens below this share of the most probable one.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.", show_default=False)] = None,
-    num_return_sequences: Annotated[
-        int, typer.Option(callback=within(1), help="Continuations of the same prompt.")
-    ] = 1,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--no-chat", help="Use the chat template; by default when there is one.", show_default=False
-        ),
-    ] = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    num_return_sequences: Continuations = 1,
+    chat: Chat = None,
     dtype: DtypeOption = Dtype.auto,
     device: Device = "auto",
     threads: Threads = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Print tau, speed and acceptance on stderr.")] = False,
+    stats: Stats = False,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt. The text streams to stdout; it is what plain generate() would write.
@@ -78,35 +79,21 @@ def generate(
     text = read_prompt(prompt, prompt_file)
     if threads:
         torch.set_num_threads(threads)
-    if target in DEMO_MODELS and dtype is Dtype.auto:
-        dtype = Dtype.float32  # stored in bfloat16 to be small, exact and faster on a CPU in float32
-    model, tokenizer = load_model(target, dtype, device), load_tokenizer(target)
+    model, tokenizer = load_model(target, dtype_of(target, dtype), device), load_tokenizer(target)
     loaded = None if drafter == "none" else load_drafter(drafter, model)
     ids = prompt_ids(tokenizer, text, chat).to(model.device)
     if seed is not None:
         torch.manual_seed(seed)
-    streams = not as_json and num_return_sequences == 1
-    output = generate_ids(
-        model,
-        ids,
-        attention_mask=torch.ones_like(ids),
-        drafter=loaded,
-        streamer=TextStream(tokenizer, _write) if streams else None,
-        max_new_tokens=tokens_within_limit(model, ids.shape[1], max_new_tokens),
-        pad_token_id=_pad_token(model),
-        return_dict_in_generate=True,
-        **sampling,
-    )
-    assert isinstance(output, SpeculativeOutput)
+    stream = TextStream(tokenizer, _write) if not as_json and num_return_sequences == 1 else None
+    output = _continued(model, ids, loaded, stream, max_new_tokens, sampling)
     assert output.stats is not None
     sequences = [_described(row, ids[0].tolist(), model, tokenizer) for row in output.sequences.tolist()]
     if as_json:
         print(json.dumps(_report(target, drafter, ids.shape[1], sequences, output.stats)))
-    elif streams:
+    elif stream is not None:
         print(flush=True)
     else:
-        for number, sequence in enumerate(sequences, 1):
-            print(f"--- {number}\n{sequence['text']}")
+        _print_numbered(sequences)
     if stats:
         _print_stats(output.stats)
 
@@ -127,6 +114,24 @@ def _sampling(
             "all would be the same at temperature 0; add --temperature 1", param_hint="--num-return-sequences"
         )
     return {"do_sample": False}
+
+
+def _continued(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    drafter: Drafter | None,
+    stream: TextStream | None,
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+) -> SpeculativeOutput:
+    """Call `specdec.generate` with as many new tokens as the model has room for."""
+    output = generate_ids(
+        model, ids, attention_mask=torch.ones_like(ids), drafter=drafter, streamer=stream,
+        max_new_tokens=tokens_within_limit(model, ids.shape[1], max_new_tokens), pad_token_id=_pad_token(model),
+        return_dict_in_generate=True, **sampling,
+    )  # fmt: skip
+    assert isinstance(output, SpeculativeOutput)
+    return output
 
 
 def _pad_token(model: PreTrainedModel) -> int | None:
@@ -160,6 +165,11 @@ def _report(
     content = sequences[0] if len(sequences) == 1 else {"sequences": sequences}
     header = {"target": target, "drafter": drafter, "prompt_tokens": prompt_tokens}
     return {**header, **content, "statistics": stats.summary()}
+
+
+def _print_numbered(sequences: list[dict[str, Any]]) -> None:
+    for number, sequence in enumerate(sequences, 1):
+        print(f"--- {number}\n{sequence['text']}")
 
 
 def _print_stats(stats: DecodeStats) -> None:
