@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec import optimize as optimized
 from specdec.cli.console import FAILURE, out
@@ -33,34 +33,36 @@ def _known_example(name: str) -> str:
     return name
 
 
+Drafters = Annotated[
+    list[str] | None,
+    typer.Option("--drafter", "-d", help=DRAFTER_HELP + " May be given several times.", show_default=DEFAULT_DRAFTER),
+]
+Example = Annotated[
+    str, typer.Option("--example", help=f"Which shipped prompt: {', '.join(prompts())}.", callback=_known_example)
+]
+Repeats = Annotated[int, typer.Option(callback=within(1), help="Timed runs of each side; the median one is shown.")]
+Optimize = Annotated[
+    bool, typer.Option("--optimize/--no-optimize", help="Call specdec.optimize(model), for both sides alike.")
+]
+SlowMotion = Annotated[float, typer.Option(callback=within(0.1), help="Show the recordings this many times slower.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        callback=within(1), help="CPU threads; the faster of 1 and all, found by a trial.", show_default=False
+    ),
+]
+
+
 def demo(
-    drafter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--drafter", "-d", help=DRAFTER_HELP + " May be given several times.", show_default=DEFAULT_DRAFTER
-        ),
-    ] = None,
-    example: Annotated[
-        str, typer.Option("--example", help=f"Which shipped prompt: {', '.join(prompts())}.", callback=_known_example)
-    ] = DEFAULT_EXAMPLE,
+    drafter: Drafters = None,
+    example: Example = DEFAULT_EXAMPLE,
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
     max_new_tokens: MaxNewTokens = 256,
-    repeats: Annotated[
-        int, typer.Option(callback=within(1), help="Timed runs of each side; the median one is shown.")
-    ] = 3,
-    use_optimized: Annotated[
-        bool, typer.Option("--optimize/--no-optimize", help="Call specdec.optimize(model), for both sides alike.")
-    ] = True,
-    slow_motion: Annotated[
-        float, typer.Option(callback=within(0.1), help="Show the recordings this many times slower.")
-    ] = 1.0,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            callback=within(1), help="CPU threads; the faster of 1 and all, found by a trial.", show_default=False
-        ),
-    ] = None,
+    repeats: Repeats = 3,
+    use_optimized: Optimize = True,
+    slow_motion: SlowMotion = 1.0,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Compare plain and speculative generation on the model that ships with specdec. Needs no network.
@@ -80,9 +82,7 @@ def demo(
     else:
         choose_threads(model, ids)
     max_new_tokens = tokens_within_limit(model, ids.shape[1], max_new_tokens)
-    specs = list(dict.fromkeys(drafter or [DEFAULT_DRAFTER]))
-    for spec in specs:
-        load_drafter(spec, model)  # a wrong name is found before anything takes time
+    specs = _checked(drafter or [DEFAULT_DRAFTER], model)
     with nullcontext() if as_json else out.status("recording both sides ..."):
         plain, sides = compare(model, ids, specs, max_new_tokens, repeats)
     conditions = _conditions(model, ids.shape[1], use_optimized, len(plain.recordings))
@@ -90,15 +90,31 @@ def demo(
         print(json.dumps(_report(text, plain, sides, conditions)))
     else:
         fastest = max(sides, key=lambda side: side.typical.tokens_per_second)
-        panels = [
-            Panel(title, side.typical, text_pieces(tokenizer, ids[0].tolist(), side.typical.tokens))
-            for title, side in (("plain generate()", plain), (f"specdec, {fastest.drafter}", fastest))
-        ]
-        show = replay if out.is_terminal else print_once
-        show(out, text, panels, slow_motion)
+        _show(text, _panels(plain, fastest, ids[0].tolist(), tokenizer), slow_motion)
         _print_results(plain, sides, fastest, conditions)
     if not all(side.identical_to(plain) for side in sides):
         raise typer.Exit(FAILURE)
+
+
+def _checked(drafters: list[str], model: PreTrainedModel) -> list[str]:
+    """Each drafter once; a wrong name is found before anything takes time."""
+    specs = list(dict.fromkeys(drafters))
+    for spec in specs:
+        load_drafter(spec, model)
+    return specs
+
+
+def _panels(plain: Side, fastest: Side, prompt: list[int], tokenizer: PreTrainedTokenizerBase) -> list[Panel]:
+    return [
+        Panel(title, side.typical, text_pieces(tokenizer, prompt, side.typical.tokens))
+        for title, side in (("plain generate()", plain), (f"specdec, {fastest.drafter}", fastest))
+    ]
+
+
+def _show(text: str, panels: list[Panel], slow_motion: float) -> None:
+    """Replay the recordings on a terminal; elsewhere print their ends."""
+    show = replay if out.is_terminal else print_once
+    show(out, text, panels, slow_motion)
 
 
 def _conditions(model: PreTrainedModel, prompt_tokens: int, is_optimized: bool, repeats: int) -> dict[str, Any]:
@@ -148,6 +164,14 @@ def _speedup(side: Side, plain: Side) -> float:
 
 
 def _print_results(plain: Side, sides: list[Side], fastest: Side, conditions: dict[str, Any]) -> None:
+    out.print(_table(plain, sides))
+    out.print(f"\nacceptance by depth, {fastest.drafter}")
+    for line in acceptance_chart(fastest.typical):
+        out.print(line)
+    out.print(f"\n{_legend(conditions, len(plain.typical.tokens))}", style="dim")
+
+
+def _table(plain: Side, sides: list[Side]) -> Table:
     table = Table.grid(padding=(0, 2))
     for justify in ("left", "left", "right", "right", "right"):
         table.add_column(justify=justify, overflow="fold")
@@ -159,20 +183,20 @@ def _print_results(plain: Side, sides: list[Side], fastest: Side, conditions: di
         assert stats is not None
         speed = f"{side.typical.tokens_per_second:.0f}", f"[bold]{_speedup(side, plain):.2f}x[/bold]"
         table.add_row(side.drafter, verdict, f"{stats.tau:.2f}", *speed)
-    out.print(table)
-    out.print(f"\nacceptance by depth, {fastest.drafter}")
-    for line in acceptance_chart(fastest.typical):
-        out.print(line)
+    return table
+
+
+def _legend(conditions: dict[str, Any], new_tokens: int) -> str:
+    """The conditions in words."""
     state = "optimized" if conditions["optimized"] else "not optimized"
     runs = f"median of {conditions['repeats']} runs in turns" if conditions["repeats"] > 1 else "one run of each"
     threads = "1 thread" if conditions["threads"] == 1 else f"{conditions['threads']} threads"
-    out.print(
-        f"\n{conditions['target']} of {conditions['parameters'] / 1e6:.1f} million parameters, {conditions['dtype']}, "
+    return (
+        f"{conditions['target']} of {conditions['parameters'] / 1e6:.1f} million parameters, {conditions['dtype']}, "
         f"{state} on both sides, {conditions['device']} with {threads}; greedy; "
-        f"{conditions['prompt_tokens']} prompt and {len(plain.typical.tokens)} new tokens; "
+        f"{conditions['prompt_tokens']} prompt and {new_tokens} new tokens; "
         f"{runs} after a warm-up. "
-        "tau: tokens per target call. A small model repeats itself more than a large one, which helps drafters.",
-        style="dim",
+        "tau: tokens per target call. A small model repeats itself more than a large one, which helps drafters."
     )
 
 
