@@ -1,9 +1,10 @@
-"""A progress bar for commands that take a while."""
+"""Progress bars for commands that take a while."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -39,3 +40,35 @@ def progress() -> Iterator[Tell | None]:
         yield tell
     finally:
         bar.stop()
+
+
+class Count:
+    """What a bar of `counting` is told."""
+
+    def __init__(self, bar: Progress, task: Any) -> None:
+        self._bar, self._task = bar, task
+
+    def reach(self, done: int) -> None:
+        """So many are done."""
+        self._bar.update(self._task, completed=done)
+
+    def advance(self, more: int) -> None:
+        """So many more are done."""
+        self._bar.update(self._task, advance=more)
+
+
+@contextmanager
+def counting(what: str, total: int | None) -> Iterator[Count]:
+    """A bar on stderr with what is done, on a terminal; for work that nobody times, since it is drawn meanwhile.
+
+    Args:
+        what: is counted, in the plural.
+        total: None where nobody knows it.
+    """
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield Count(bar, bar.add_task(what, total=total))
