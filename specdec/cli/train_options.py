@@ -1,25 +1,93 @@
-"""Options of `specdec train` that belong to some of its uses, and the settings of a recipe that options stand for."""
+"""Options of `specdec train`: those of every use, of draft models, and of learning from a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from specdec.cli.options import within
-from specdec.errors import BadRecipe
 from specdec.train.on_policy import TEXTS
-from specdec.train.recipe import DRAFT_MODEL, MEDUSA_2, merged, parsed_settings
+from specdec.train.recipe import DEFAULTS
 
 DRAFT, ONLINE = "Draft models", "Online: learning from a stream of prompts"
 
+Kind = Annotated[str, typer.Argument(help=f"What to train: {', '.join(DEFAULTS)}.", show_default=False)]
+Data = Annotated[
+    list[str],
+    typer.Argument(
+        help="What [bold]specdec data prepare[/bold] made; or text, JSON lines, Parquet, a folder or a data set, "
+        "which are prepared into OUT/data. With --online, files of prompts, in order.", show_default=False,
+    ),
+]  # fmt: skip
+OutFolder = Annotated[
+    Path,
+    typer.Option(
+        "--out", "-o", help="Directory of the run; an unfinished run in it is gone on with.", show_default=False
+    ),
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option(help="Settings in TOML, over the kind's defaults.", show_default=False)
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Any setting, as in [bold]--set objective.divergence=jsd:0.5[/bold].", show_default=False
+    ),
+]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps; of each update with --online.", show_default=False)]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Highest learning rate.", show_default=False)]
+BatchRows = Annotated[int | None, typer.Option(help="Rows of one step, all processes.", show_default=False)]
+RowsAtOnce = Annotated[
+    int | None, typer.Option(help="Rows of one forward; the rest of a step is accumulated.", show_default=False)
+]
+RowLength = Annotated[int | None, typer.Option(help="Tokens of a row.", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="Of fresh weights, data order and noise.", show_default=False)]
+Bf16 = Annotated[
+    bool | None, typer.Option("--bf16/--no-bf16", help="Autocast; weights stay in float32.", show_default=False)
+]
+SaveEvery = Annotated[
+    int | None, typer.Option(help="Steps between checkpoints; requests with --online.", show_default=False)
+]
+EvaluateEvery = Annotated[int | None, typer.Option(help="Steps between validations.", show_default=False)]
+Temperature = Annotated[
+    float | None, typer.Option(help="Of validation, or of the stream; 0 is greedy.", show_default=False)
+]
 Divergence = Annotated[
     str | None,
     typer.Option(
         help="forward-kl, reverse-kl, jsd:BETA, tv, nla, adaptive or ce; from the target's law.", show_default=False
     ),
 ]
+Prompts = Annotated[
+    Path | None, typer.Option(help="Held-out prompts: JSON lines, or text with one a line.", show_default=False)
+]
+Features = Annotated[
+    Path | None,
+    typer.Option(help="The target's states from [bold]specdec data features[/bold].", show_default=False),
+]
+BeginFrom = Annotated[
+    str | None, typer.Option("--from", help="Begin with the weights of this drafter, or run.", show_default=False)
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Refuse an --out that holds checkpoints.")]
+GradientCheckpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Compute layers again instead of keeping their states.")
+]
+Processes = Annotated[int, typer.Option(callback=within(1), help="Processes on this machine.")]
+Fsdp = Annotated[
+    bool | None,
+    typer.Option("--fsdp/--no-fsdp", help="Share weights, gradients and moments among processes.", show_default=False),
+]
+ReportTo = Annotated[
+    list[str] | None, typer.Option(help="Also report to tensorboard, wandb or trackio.", show_default=False)
+]
+Hub = Annotated[
+    str | None, typer.Option("--push-to-hub", help="Upload the best drafter as OWNER/NAME.", show_default=False)
+]
+Plan = Annotated[bool, typer.Option("--plan", help="Say what would be done and needed, and do nothing.")]
+JsonReports = Annotated[bool, typer.Option("--json", help="Print one JSON object for each report on stdout.")]
+
 Text = Annotated[
     str | None,
     typer.Option(
@@ -134,139 +202,3 @@ TopK = Annotated[
         rich_help_panel=ONLINE, show_default=False,
     ),
 ]  # fmt: skip
-
-FLAGS = {
-    "steps": "loop.steps",
-    "lr": "loop.learning_rate",
-    "batch_rows": "loop.rows_per_step",
-    "rows_at_once": "loop.rows_at_once",
-    "row_length": "data.row_length",
-    "seed": "loop.seed",
-    "bf16": "loop.bf16",
-    "fsdp": "loop.fsdp",
-    "save_every": "loop.save_every",
-    "evaluate_every": "loop.evaluate_every",
-    "temperature": "data.validation_temperature",
-    "divergence": "objective.divergence",
-}
-"""Settings of a recipe that have an option of their own."""
-
-DRAFT_FLAGS = {
-    "keep_share": "head.keep_share",
-    "text": "head.text",
-    "cut_from": "head.draft",
-    "from_scratch": "head.draft",
-    "share": "head.scratch.share",
-    "pretrain": "",
-    "continue_on": "",
-}
-"""Those of draft models alone; `layers` and `width` are sizes of `head.cut` or `head.scratch`."""
-
-ONLINE_FLAGS = {
-    "steps": "online.steps",
-    "lr": "online.learning.rate",
-    "batch_rows": "online.rows",
-    "rows_at_once": "online.rows_at_once",
-    "row_length": "online.row_length",
-    "seed": "online.seed",
-    "divergence": "online.divergence",
-    "learn_every": "online.learn_every",
-    "max_age": "online.max_age",
-    "background": "online.background",
-    "replay_share": "online.replay_share",
-    "top_k": "online.top_k",
-    "save_every": "stream.save_every",
-    "temperature": "stream.temperature",
-    "max_new_tokens": "stream.max_new_tokens",
-}
-"""Settings of a recipe of `--online` that have an option of their own."""
-
-SIZES = {"layers": "num_layers", "width": "hidden_size"}
-OF_ONLINE = ("static", "chat", "max_new_tokens", "learn_every", "max_age", "background", "replay_share", "top_k")
-NOT_ONLINE = (
-    "bf16",
-    "fsdp",
-    "evaluate_every",
-    "prompts",
-    "features",
-    "gradient_checkpointing",
-    "report_to",
-    *DRAFT_FLAGS,
-    *SIZES,
-)
-
-
-def option_name(parameter: str) -> str:
-    """A parameter as somebody writes it."""
-    return "--" + parameter.replace("_", "-")
-
-
-def check_use(kind: str, given: Mapping[str, Any], *, online: bool) -> None:
-    """Refuse options that would do nothing.
-
-    Args:
-        kind: what is trained.
-        given: parameters of the command that have another value than their default.
-        online: whether a stream is replayed.
-
-    Raises:
-        BadRecipe: names the option.
-    """
-    if online and kind == MEDUSA_2:
-        raise BadRecipe("medusa2 changes its target, and --online does not; its heads learn on as the kind medusa")
-    if online and (idle := [name for name in NOT_ONLINE if name in given]):
-        raise BadRecipe(f"{option_name(idle[0])} does nothing with --online; leave it out")
-    if not online and (idle := [name for name in OF_ONLINE if name in given]):
-        raise BadRecipe(f"{option_name(idle[0])} belongs to --online; say that, or leave it out")
-    if kind != DRAFT_MODEL and (idle := [name for name in (*DRAFT_FLAGS, *SIZES) if name in given]):
-        raise BadRecipe(f"{option_name(idle[0])} belongs to the kind {DRAFT_MODEL}, got {kind}; leave it out")
-    scratch = [name for name in ("share", "pretrain", "continue_on") if name in given]
-    if scratch and "from_scratch" not in given:
-        raise BadRecipe(f"{option_name(scratch[0])} belongs to --from-scratch; say that, or leave it out")
-    begins = [name for name in ("from", "cut_from", "from_scratch") if name in given]
-    if len(begins) > 1:
-        raise BadRecipe(f"{' and '.join(map(option_name, begins))} are two ways to begin; choose one")
-    sizes = [name for name in SIZES if name in given]
-    if sizes and not {"cut_from", "from_scratch"} & given.keys():
-        raise BadRecipe(f"{option_name(sizes[0])} belongs to --cut-from or --from-scratch; say one of them")
-
-
-def sections_of(
-    assignments: list[str], given: Mapping[str, Any], flags: Mapping[str, str], known: tuple[str, ...]
-) -> Any:
-    """Sections of a recipe from `--set` and from options.
-
-    Raises:
-        BadRecipe: a setting that is given twice, or not of the form that is expected.
-    """
-    sections: dict[str, Any] = parsed_settings(assignments, known)
-    for name, value in given.items():
-        if not flags.get(name):
-            continue
-        *path, field = flags[name].split(".")
-        place: Any = sections
-        for part in path:
-            place = place.get(part, {}) if isinstance(place, dict) else {}
-        if isinstance(place, dict) and field in place:
-            raise BadRecipe(f"{flags[name]} is given twice, by --set and by {option_name(name)}")
-        nested: Any = {field: value}
-        for part in reversed(path):
-            nested = {part: nested}
-        sections = merged(sections, nested)
-    return sections
-
-
-def draft_values(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of draft models as the settings that they stand for.
-
-    Raises:
-        BadRecipe: a word that is none.
-    """
-    values = dict(given)
-    if "text" in values:
-        if values["text"] not in TEXTS:
-            raise BadRecipe(f"no text {values['text']!r} to learn from; there are {', '.join(TEXTS)}")
-        values["text"] = TEXTS[values["text"]]
-    if "from_scratch" in values:
-        values["from_scratch"] = "scratch"
-    return values
