@@ -288,7 +288,7 @@ class Attention(nn.Module):
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Queries [B, H, Q, E] over keys and values [B, G, C, E] -> [B, Q, D]."""
-        mixed = _perhaps_recomputed(self, _grouped_attention, queries, keys, values, mask)
+        mixed = _perhaps_recomputed(self, grouped_attention, queries, keys, values, mask)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
     def _by_head(self, projected: Tensor) -> Tensor:
@@ -311,7 +311,7 @@ def rotate(states: Tensor, cos_sin: CosSin) -> Tensor:
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
-def _grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """sdpa of [B, H, Q, E] over [B, G, C, E] -> [B, H, Q, E]."""
     group = queries.shape[1] // keys.shape[1]
     if group == 1:

@@ -26,6 +26,8 @@ from transformers.cache_utils import Cache
 from specdec.errors import UnsupportedModel
 
 Form = Literal["tree", "chain"]
+LOGIT_SCALING = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+"""What a family may do to its logits: a factor, a divisor, a soft cap."""
 MASKED_ATTENTION = ("eager", "sdpa", "specdec_sdpa")
 """Attention implementations that take an additive 4-D mask."""
 FLEX = "flex_attention"
@@ -95,6 +97,8 @@ class Target:
         self.layers: nn.ModuleList = getattr(self._parent, self._name)
         self._bottoms: dict[int, nn.ModuleList] = {}
         self._tops: dict[int, nn.ModuleList] = {}
+        # A config takes its time to say that it lacks something.
+        self._scaling = [getattr(self.config, name, None) for name in LOGIT_SCALING]
         self._tuple_length: int | None = None
         self._knows_form = False
 
@@ -121,8 +125,7 @@ class Target:
     def logits_of(self, states: Tensor) -> Tensor:
         """Logits [..., V] of states [..., D] after the final norm, with the scale or cap that some families add."""
         logits = self.lm_head(states)
-        scale, divisor = getattr(self.config, "logit_scale", None), getattr(self.config, "logits_scaling", None)
-        cap = getattr(self.config, "final_logit_softcapping", None)
+        scale, divisor, cap = self._scaling
         if scale is not None:  # Cohere
             logits = logits * scale
         if divisor is not None:  # Granite

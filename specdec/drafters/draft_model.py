@@ -19,6 +19,7 @@ from specdec.grow.levels import Children
 from specdec.grow.named import growth_named
 from specdec.grow.policy import Columns, Frontier, Grown, GrowthPolicy
 from specdec.grow.shape import Shape
+from specdec.lean import lean
 from specdec.sampling import Chooser, SamplingParams
 from specdec.target import Target
 from specdec.tree import NO_NODE, TokenTree
@@ -28,7 +29,8 @@ from specdec.vocabulary import fit_logits
 class DraftModelDrafter:
     """Proposes with a causal language model that shares the target's vocabulary.
 
-    Its forwards run in inference mode, an eighth faster for small models; its tensors never reach the caller.
+    Its forwards run in inference mode, and lean where the model allows it (see `lean`): small models are mostly
+    dispatch. Its tensors never reach the caller.
 
     Args:
         target: the draft model's adapter, probed.
@@ -79,13 +81,14 @@ class DraftModelDrafter:
         if target.form == "chain" and not self.policy.is_chain:
             raise UnknownDrafter("this draft model can only draft chains; leave out budget and grow, or say width=1")
         self._pending: list[list[int]] = []
-        self._context = Context(target)
+        self._runner = lean(target)
+        self._context = Context(self._runner)
         self._grown: Grown | None = None
         self._columns = Columns(0)
 
     def reset(self, batch_size: int, context: Context) -> None:
         """Begin with an empty cache."""
-        self._context = Context(self.model)
+        self._context = Context(self._runner)
         self._pending = [[] for _ in range(batch_size)]
         self._grown = None
 

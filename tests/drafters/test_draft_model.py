@@ -145,7 +145,7 @@ def test_the_draft_model_runs_each_committed_token_once() -> None:
     """A chain of depth d that is accepted throughout costs d forwards of the draft and d + 1 token passes."""
     twin, passes = perturbed(shared_target(), amount=0.0), []
     drafter = DraftModelDrafter(target_of(twin), depth=4)
-    hook = twin.model.layers[0].register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[1]))
+    hook = twin.model.embed_tokens.register_forward_pre_hook(lambda _, args: passes.append(args[0].shape[1]))
     specdec.generate(shared_target(), **prompt(1), drafter=drafter, max_new_tokens=21)
     hook.remove()
     first, *rest = passes
