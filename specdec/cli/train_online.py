@@ -18,6 +18,7 @@ from rich.table import Table
 from specdec.cli.console import note, out
 from specdec.cli.model import dtype_of, load_model, load_tokenizer
 from specdec.cli.train_display import LINE_SECONDS, time_text
+from specdec.cli.train_plan import settings_table
 from specdec.train.online_job import (
     FINISHED,
     NOTE,
@@ -190,12 +191,7 @@ def _print_plan(job: OnlineJob, model: Any, tokenizer: Any, as_json: bool) -> No
     if as_json:
         print(json.dumps({"recipe": job.recipe.resolved(), **numbers}))
         return
-    table = Table.grid(padding=(0, 2))
-    for section, settings in job.recipe.resolved().items():
-        if isinstance(settings, dict):
-            table.add_row(f"[bold]{section}", "")
-            for name, value in settings.items():
-                table.add_row(f"  {name}", escape(str(value)))
+    table = settings_table(job.recipe.resolved())
     topics = ", ".join(f"{name or 'no topic'} {count}" for name, count in numbers["topics"].items())
     table.add_row("[bold]run", "")
     table.add_row("  requests", escape(f"{len(prompts)}: {topics}"))
