@@ -29,12 +29,13 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 import specdec
 from specdec import demo
 from specdec.demo.padded import cost_padded
 from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.lean import lean
 
 OURS = (
     "lookup", "suffix", "recycling", "early-exit:layer=2,depth=2", "early-exit:layer=2,depth=3,budget=7",
@@ -64,20 +65,37 @@ class Runs:
 
 
 class ForwardClock:
-    """Seconds spent inside the forwards of some models."""
+    """Seconds spent inside the forwards of a target and a draft model, whoever runs them."""
 
-    def __init__(self, models: list[nn.Module]) -> None:
+    def __init__(self, target: nn.Module, draft: PreTrainedModel) -> None:
         self.seconds = 0.0
+        self._running = 0
         self._started = 0.0
-        for model in models:
+        runner: Any = lean(specdec.target_of(draft))  # before it is watched
+        runner.forward = self._timed(runner.forward)
+        for model in (target, draft):
             model.register_forward_pre_hook(self._start)
             model.register_forward_hook(self._stop)
 
+    def _timed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._start()
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._stop()
+
+        return timed
+
     def _start(self, *_: Any) -> None:
-        self._started = time.perf_counter()
+        if not self._running:
+            self._started = time.perf_counter()
+        self._running += 1
 
     def _stop(self, *_: Any) -> None:
-        self.seconds += time.perf_counter() - self._started
+        self._running -= 1
+        if not self._running:
+            self.seconds += time.perf_counter() - self._started
 
 
 def methods(
@@ -145,7 +163,7 @@ def measure(args: argparse.Namespace, optimized: bool) -> dict[str, Runs]:
         model.generation_config.eos_token_id = None
         if optimized:
             specdec.optimize(model)
-    clock = ForwardClock([target, draft])
+    clock = ForwardClock(target, draft)
     tokenizer = AutoTokenizer.from_pretrained(demo.target_path())
     inputs = {name: dict(tokenizer(text, return_tensors="pt")) for name, text in demo.prompts().items()}
     table = methods(target, draft, args.drafter or list(OURS))

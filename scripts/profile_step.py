@@ -102,15 +102,14 @@ class SeamClock:
         seams = [
             (Context, "run", "masks"), (Context, "finish", "masks"), (Columns, "append", "masks"),
             (Verifier, "score", "masks"), (Context, "keep", "commit"), (decode, "accept", "accept"),
-            (drafter, "observe", "observe"), (drafter, "propose", "growth"),
+            (drafter, "observe", "observe"), (drafter, "propose", "growth"), (drafter.runner, "forward", FORWARDS[0]),
         ]  # fmt: skip
         with ExitStack() as stack:
             for owner, name, part in seams:
                 timed = self.wrapped(getattr(owner, name), part, begins=name == "propose")
                 stack.enter_context(mock.patch.object(owner, name, timed))
-            for model, part in zip((drafter.model.model, target), FORWARDS, strict=True):
-                stack.callback(model.register_forward_pre_hook(lambda *_, part=part: self.enter(part)).remove)
-                stack.callback(model.register_forward_hook(lambda *_: self.leave()).remove)
+            stack.callback(target.register_forward_pre_hook(lambda *_: self.enter(FORWARDS[1])).remove)
+            stack.callback(target.register_forward_hook(lambda *_: self.leave()).remove)
             yield
 
 

@@ -81,14 +81,14 @@ class DraftModelDrafter:
         if target.form == "chain" and not self.policy.is_chain:
             raise UnknownDrafter("this draft model can only draft chains; leave out budget and grow, or say width=1")
         self._pending: list[list[int]] = []
-        self._runner = lean(target)
-        self._context = Context(self._runner)
+        self.runner = lean(target)
+        self._context = Context(self.runner)
         self._grown: Grown | None = None
         self._columns = Columns(0)
 
     def reset(self, batch_size: int, context: Context) -> None:
         """Begin with an empty cache."""
-        self._context = Context(self._runner)
+        self._context = Context(self.runner)
         self._pending = [[] for _ in range(batch_size)]
         self._grown = None
 
