@@ -33,6 +33,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 import specdec
 from specdec import demo
+from specdec.context import Runner
 from specdec.demo.padded import cost_padded
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.lean import lean
@@ -71,8 +72,8 @@ class ForwardClock:
         self.seconds = 0.0
         self._running = 0
         self._started = 0.0
-        runner: Any = lean(specdec.target_of(draft))  # before it is watched
-        runner.forward = self._timed(runner.forward)
+        self.runner: Any = lean(specdec.target_of(draft))  # found before it is watched
+        self.runner.forward = self._timed(self.runner.forward)
         for model in (target, draft):
             model.register_forward_pre_hook(self._start)
             model.register_forward_hook(self._stop)
@@ -99,9 +100,9 @@ class ForwardClock:
 
 
 def methods(
-    target: LlamaForCausalLM, draft: LlamaForCausalLM, names: list[str]
+    target: LlamaForCausalLM, draft: LlamaForCausalLM, runner: Runner, names: list[str]
 ) -> dict[str, Callable[[dict[str, Tensor], int], tuple[Tensor, specdec.DecodeStats | None]]]:
-    """Each method as (inputs, new tokens) -> (sequence, statistics)."""
+    """Each method as (inputs, new tokens) -> (sequence, statistics); `runner` runs the draft model in ours."""
 
     def plain(inputs: dict[str, Tensor], tokens: int) -> tuple[Tensor, None]:
         return cast(Tensor, cast(Any, target).generate(**inputs, **common(tokens))), None
@@ -125,6 +126,7 @@ def methods(
         drafter = specdec.load_drafter(spec, target)
         if isinstance(drafter, DraftModelDrafter):
             drafter = DraftModelDrafter(specdec.target_of(draft), grow=drafter.policy)
+            drafter.runner = runner
 
         def run(inputs: dict[str, Tensor], tokens: int) -> tuple[Tensor, specdec.DecodeStats | None]:
             out = specdec.generate(target, **inputs, **common(tokens), drafter=drafter, return_dict_in_generate=True)
@@ -166,7 +168,7 @@ def measure(args: argparse.Namespace, optimized: bool) -> dict[str, Runs]:
     clock = ForwardClock(target, draft)
     tokenizer = AutoTokenizer.from_pretrained(demo.target_path())
     inputs = {name: dict(tokenizer(text, return_tensors="pt")) for name, text in demo.prompts().items()}
-    table = methods(target, draft, args.drafter or list(OURS))
+    table = methods(target, draft, clock.runner, args.drafter or list(OURS))
     runs = {name: Runs() for name in table}
     first = next(iter(inputs.values()))
     for run in table.values():  # warm-up: packing, probes, allocator

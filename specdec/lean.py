@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -214,27 +215,23 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-_KEPT = "_lean"
-"""Where a Target keeps the answer; in a table of weak keys the answer itself would keep its Target alive."""
+_agrees: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
+"""Of models whose steps were compared: under which circumstances, and whether they gave the same logits."""
 
 
 def lean(target: Target) -> Runner:
     """The model as a Context should run it: lean where that gives the same logits, else as it is.
 
-    Found out once for each Target, with a few forwards of a few tokens.
+    Compared once for each model while dtype, device and attention stay as they are, by a few forwards of a few tokens.
     """
-    kept = vars(target)
-    if _KEPT not in kept:
-        kept[_KEPT] = _found(target)
-    return kept[_KEPT] or target
-
-
-def _found(target: Target) -> LeanModel | None:
     try:
         model = LeanModel(target)
-        return model if agrees(model, target) else None
+        circumstances = (target.attention, target.dtype, target.device.type)
+        if _agrees.get(target.model, (None,))[0] != circumstances:
+            _agrees[target.model] = circumstances, agrees(model, target)
+        return model if _agrees[target.model][1] else target
     except Exception:  # parts under these names may be anything; the model's own forward is right for all of them
-        return None
+        return target
 
 
 @torch.inference_mode()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -236,10 +238,20 @@ def test_hooks_on_other_parts_and_parameters_of_others_keep_a_model_as_it_is() -
         LeanModel(target_of(moved))
 
 
-def test_a_target_is_examined_once_and_can_go() -> None:
-    target = Target(make_target(4))
-    assert lean(target) is lean(target)
-    assert lean(Target(target.model)) is not lean(target), "kept on the target, not beside it"
+def test_a_model_is_compared_once_and_again_after_it_moved_and_can_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[torch.dtype] = []
+    monkeypatch.setattr("specdec.lean.agrees", lambda model, _: (compared.append(model.dtype), True)[1])
+    model = make_target(4)
+    for _ in range(3):
+        assert isinstance(lean(target_of(model)), LeanModel)
+    assert compared == [torch.float32]
+    model.double()
+    lean(target_of(model))
+    assert compared == [torch.float32, torch.float64]
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 # --- Parts ------------------------------------------------------------------------------------------------------------
