@@ -162,8 +162,8 @@ class LeanModel:
             raise NotLean("parameters that this forward would leave out")
         heard = {id(part) for module in called for part in module.modules()}
         for module in model.modules():
-            if hasattr(module, "_hf_hook") or (id(module) not in heard and _is_watched(module)):
-                raise NotLean("hooks on its modules")
+            if hasattr(module, "_hf_hook") or (id(module) not in heard and _is_altered(module)):
+                raise NotLean("modules that are watched, compiled or patched")
 
     @property
     def device(self) -> torch.device:
@@ -211,8 +211,14 @@ def _part(owner: Any, name: str) -> Any:
     return part
 
 
-def _is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_altered(module: nn.Module) -> bool:
+    """Whether to call this module is more than to run its class's forward."""
+    return (
+        bool(module._forward_hooks or module._forward_pre_hooks)
+        or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
+        or "_orig_mod" in module._modules  # torch.compile's wrapper, whose class takes seconds to import
+    )
 
 
 _agrees: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()

@@ -6,6 +6,7 @@ import copy
 import gc
 import random
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -223,19 +224,42 @@ def test_a_part_that_is_replaced_watched_or_packed_later_is_called_as_it_is() ->
     assert distance(model, runner) < 2e-5
 
 
-def test_hooks_on_other_parts_and_parameters_of_others_keep_a_model_as_it_is() -> None:
-    watched = make_target(1)
-    watched.model.layers[1].register_forward_pre_hook(lambda *_: None)
-    with pytest.raises(NotLean, match="hooks"):
-        LeanModel(target_of(watched))
-    larger = make_target(2)
-    larger.model.layers[0].extra = nn.Parameter(torch.ones(3))
+def watched(model: Any) -> None:
+    model.model.layers[1].register_forward_pre_hook(lambda *_: None)
+
+
+def dispatched(model: Any) -> None:
+    model.model.layers[2].self_attn.q_proj._hf_hook = object()  # what accelerate leaves on such a model
+
+
+def compiled(model: Any) -> None:
+    model.model.layers[0].compile()
+
+
+def compiled_part(model: Any) -> None:
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+
+
+def patched(model: Any) -> None:
+    model.model.layers[3].mlp.forward = lambda states: states
+
+
+@pytest.mark.parametrize("alter", [watched, dispatched, compiled, compiled_part, patched])
+def test_what_somebody_did_to_a_model_is_not_passed_over(alter: Callable[[Any], None]) -> None:
+    model = make_target(1)
+    LeanModel(target_of(model))
+    target = target_of(model)
+    alter(model)
+    with pytest.raises(NotLean, match="watched, compiled or patched"):
+        LeanModel(target)
+    assert lean(target) is target
+
+
+def test_parameters_that_the_parts_do_not_have_are_not_left_out() -> None:
+    model = make_target(2)
+    model.model.layers[0].extra = nn.Parameter(torch.ones(3))
     with pytest.raises(NotLean, match="leave out"):
-        LeanModel(target_of(larger))
-    moved = make_target(3)
-    moved.model.layers[2].self_attn.q_proj._hf_hook = object()  # what accelerate leaves on a dispatched model
-    with pytest.raises(NotLean, match="hooks"):
-        LeanModel(target_of(moved))
+        LeanModel(target_of(model))
 
 
 def test_a_model_is_compared_once_and_again_after_it_moved_and_can_go(monkeypatch: pytest.MonkeyPatch) -> None:
