@@ -31,12 +31,16 @@ from specdec.train.objective import Objective, Term, confidence_weights
 Weights = Literal["decay", "d-pace", "equal"]
 
 
+PUBLISHED_LAYERS = 5
+
+
 class DFlashTraining(HeadTraining):
     """Trains a block drafter on a frozen target.
 
     Args:
         target: probed.
-        num_layers: of the head.
+        num_layers: of the head; None for the published 5, or a quarter of the target's where that is fewer: a head as
+            deep as half its target drafts slowly and learns slowly.
         block_size: Q, the anchor included.
         taps: the target's hidden states that make a feature, by `hidden_states` index; None for as many as the head
             has layers, evenly spread as published.
@@ -60,7 +64,7 @@ class DFlashTraining(HeadTraining):
         self,
         target: Target,
         *,
-        num_layers: int = 5,
+        num_layers: int | None = None,
         block_size: int = 16,
         taps: list[int] | None = None,
         mask_token_id: int | None = None,
@@ -77,12 +81,13 @@ class DFlashTraining(HeadTraining):
             raise BadRecipe(f"[head] weights is one of {', '.join(get_args(Weights))}, got {weights!r}")
         require_embedding(target, target.hidden_size)
         if head is None:
+            layers = min(PUBLISHED_LAYERS, max(1, target.num_layers // 4)) if num_layers is None else num_layers
             fields: dict[str, Any] = {"causal": True} if causal else {}
             if taps is not None:
                 fields["taps"] = checked_taps(target, taps)
             head = DFlashHead(
                 DFlashConfig.of(
-                    target.config, mask_token_id=mask_for(target, mask_token_id), num_layers=num_layers,
+                    target.config, mask_token_id=mask_for(target, mask_token_id), num_layers=layers,
                     block_size=block_size, sample_from_anchor=sample_from_anchor, **fields,
                 )
             )  # fmt: skip
