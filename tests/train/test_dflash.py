@@ -242,6 +242,13 @@ def test_groups_of_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(one.losses, other.losses, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("of_target", "of_head"), [(2, 1), (4, 1), (8, 2), (24, 5)])
+def test_by_default_a_head_is_no_deeper_than_a_quarter_of_its_target(of_target: int, of_head: int) -> None:
+    model = make_target(num_hidden_layers=of_target)
+    head = cast(DFlashHead, DFlashTraining(target_of(model), mask_token_id=1, block_size=4).module)
+    assert head.config.num_layers == of_head
+
+
 # --- Runs ----------------------------------------------------------------------------------------------
 
 
