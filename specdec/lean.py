@@ -3,8 +3,8 @@
 A step of a few nodes through a small model is dispatch and little else. transformers builds a mask, positions, an
 output object and a call for every part of every family; a model in the manner of Llama needs none of that. Its own
 modules are called in the order in which they are used, so weights, packed or quantised layers and adapters are
-whatever they are at that moment; only small matrices are copied, to be joined. Prompts, and whatever else is no small step, go through the
-model's own forward.
+whatever they are at that moment; only small matrices are copied, to be joined. Prompts, and whatever else is no small
+step, go through the model's own forward.
 
 Which models that is right for is not looked up in a list: the parts have to be there, and steps have to give the
 logits of the model's own forward. A draft may round differently from its model: the law that its tokens come from is
