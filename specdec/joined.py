@@ -28,7 +28,7 @@ class _Seen:
 
     def is_still(self, part: Any) -> bool:
         """The same part with the same values, and nobody listens to it."""
-        if part is not self.part or "forward" in part.__dict__ or part._forward_hooks or part._forward_pre_hooks:
+        if part is not self.part or _is_altered(part):
             return False
         now = part._parameters
         if now["weight"] is not self.parameters[0] or now["bias"] is not (self.parameters[1:] or (None,))[0]:
@@ -79,11 +79,14 @@ class Joined:
 def _is_small_and_plain(part: Any) -> bool:
     return (
         type(part) is nn.Linear
-        and "forward" not in part.__dict__
-        and not (part._forward_hooks or part._forward_pre_hooks)
+        and not _is_altered(part)
         and part.weight.numel() <= MOST_ELEMENTS
         and not part.weight.is_inference()  # such tensors do not say when they change
     )
+
+
+def _is_altered(part: Any) -> bool:
+    return bool("forward" in part.__dict__ or part._forward_hooks or part._forward_pre_hooks)
 
 
 def _bias_of(part: nn.Linear) -> Tensor:

@@ -272,13 +272,13 @@ def test_the_demo_pair_writes_the_target_s_own_text(attention: str) -> None:
         )
         best = torch.stack(plain.logits).topk(2).values
         assert (best[..., 0] - best[..., 1]).min() > CLEAR_GAP, "prompts on which rounding decides; take others"
-        for drafter in _demo_drafters(heads=attention == "sdpa"):  # a head does not see how its target attends
+        for drafter in _demo_drafters():
             output: Any = specdec.generate(model, **inputs, drafter=drafter, max_new_tokens=NEW_TOKENS, do_sample=False)
             assert output.tolist() == plain.sequences.tolist(), drafter
 
 
-def _demo_drafters(*, heads: bool) -> list[str | None]:
+def _demo_drafters() -> list[str | None]:
     drafters = [spec for spec in DRAFTERS.values() if not isinstance(spec, dict)]
     if (draft_path() / "model.safetensors").is_file():
-        drafters += ["demo-draft:depth=4", "demo-draft:depth=4,budget=10"]
-    return [*drafters, *(HEADS if heads else ())]
+        drafters += ["demo-draft:depth=4", "demo-draft:depth=4,budget=10", *HEADS]
+    return drafters

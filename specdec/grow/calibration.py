@@ -218,7 +218,6 @@ class CalibratedGrowth:
         threshold: float = 0.0,
     ) -> None:
         self.budget, self.depth, self.width, self.children = budget, depth, width, children
-        self.threshold = threshold
         self.tables: dict[Kind, AcceptanceTable] = {
             "chosen": AcceptanceTable("chosen"),
             "drawn": AcceptanceTable("drawn"),
