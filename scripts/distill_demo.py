@@ -50,9 +50,9 @@ DOCUMENT, DOCUMENTS, PROMPT_TOKENS, NEW_TOKENS = 128, 6000, 32, 64
 DEPTH = 4
 
 
-def recipe(divergence: str, source: str, steps: int) -> Recipe:
+def recipe(divergence: str, source: str, steps: int, *, bf16: bool) -> Recipe:
     """1024 tokens in a step; a quarter of each written document is the beginning that it was given."""
-    loop = {"steps": steps, "rows_per_step": 4, "rows_at_once": 4, "bf16": True, "learning_rate": 5e-4,
+    loop = {"steps": steps, "rows_per_step": 4, "rows_at_once": 4, "bf16": bf16, "learning_rate": 5e-4,
             "save_every": 25}  # fmt: skip
     return DEFAULT_RECIPE.changed(
         {
@@ -123,7 +123,7 @@ def train_cell(args: argparse.Namespace, divergence: str, source: str, yardstick
     out = args.work / f"{divergence.replace(':', '-')}-{source}"
     if (out / "result.json").exists():
         return
-    chosen = recipe(divergence, source, args.steps)
+    chosen = recipe(divergence, source, args.steps, bf16=args.bf16)
     started = time.monotonic()
 
     def report(what: StepReport | Score) -> None:
@@ -160,7 +160,8 @@ def show(args: argparse.Namespace, before: dict[str, float], console: Console) -
         text = "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
         with args.markdown.open("a") as opened:
             opened.write(
-                f"\n{text}\n\n{args.steps} steps, {args.prompts} prompts of {NEW_TOKENS} new tokens, torch "
+                f"\n{text}\n\n{args.steps} steps, {args.prompts} prompts of {NEW_TOKENS} new tokens, "
+                f"{'bf16' if args.bf16 else 'fp32'} products, torch "
                 f"{torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, "
                 f"{torch.get_num_threads()} threads\n"
             )
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--only", help="one cell, as DIVERGENCE/SOURCE")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bf16", action="store_true", help="bf16 products; faster only on a CPU that has them")
     parser.add_argument("--markdown", type=Path, help="append the table to this file")
     args = parser.parse_args()
     cells = [(divergence, source) for divergence in DIVERGENCES for source in SOURCES]
