@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from specdec.errors import SpecdecError
+from specdec.joined import Joined
 
 CosSin = tuple[Tensor, Tensor]
-"""Cosines and sines of the positions of the queries, [B, Q, R] each."""
+"""Cosines and sines of the positions of the queries, [B, 1, Q, R] each; the first half of the sines negative."""
 
 FEW_QUERIES = 64
 """Up to here folding a group into the query rows is cheaper than copying keys and values for each of its heads."""
@@ -134,9 +135,21 @@ class RMSNorm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., size] -> [..., size]."""
+        if states.is_cpu and not torch.is_grad_enabled():
+            return normed_at_once(states, self.weight, self.eps)
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(states.dtype)
+
+
+def normed_at_once(states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of [..., size] by a weight [size], where many small calls cost more than one that reads twice as much.
+
+    Beside its negative a vector has mean 0 and its own mean square for variance, so that a layer norm, which is one
+    call on a CPU, does the work of six.
+    """
+    size = states.shape[-1]
+    return F.layer_norm(torch.cat([states, -states], -1), (2 * size,), eps=eps)[..., :size] * weight
 
 
 class Rotary(nn.Module):
@@ -165,12 +178,19 @@ class Rotary(nn.Module):
         self._frequencies = frequencies
 
     def forward(self, positions: Tensor) -> CosSin:
-        """Logical positions [B, Q] -> cosines and sines [B, Q, R] in float32."""
+        """Logical positions [B, Q] -> cosines and sines [B, 1, Q, R] in float32."""
         if self._frequencies.device != positions.device:
             self._frequencies = self._frequencies.to(positions.device)
-        angles = positions[..., None].float() * self._frequencies
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos() * self.scale, angles.sin() * self.scale
+        return turns(positions, self._frequencies, self.scale)
+
+
+def turns(positions: Tensor, frequencies: Tensor, scale: float) -> CosSin:
+    """Of positions [B, Q] by float32 frequencies [R / 2]; what `rotate` asks for."""
+    angles = positions[:, None, :, None].float() * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    if scale != 1.0:
+        cos, sin = cos * scale, sin * scale
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def _plain(config: LayerConfig) -> tuple[Tensor, float]:
@@ -246,7 +266,7 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions.
 
     `keys_and_values` and `attend` are separate for heads whose keys come from elsewhere than their queries.
-    `recomputed` as in MLP.
+    Without gradients small projections are one product. `recomputed` as in MLP.
 
     Args:
         config: sizes.
@@ -265,17 +285,27 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * size, config.hidden_size, bias=config.output_bias)
         self.q_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(size, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self._heads, self._groups = config.num_attention_heads, config.num_key_value_heads
+        self._joined = Joined(self, ("q_proj", "k_proj", "v_proj"))
 
     def forward(self, states: Tensor, cos_sin: CosSin, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
         """Attention of states [B, Q, input_size] over themselves and the cache -> [B, Q, D].
 
         `mask` is additive, [B or 1, 1, Q, C] in the states' dtype; None lets every query see every column.
         """
-        queries = self.queries(states, cos_sin)
-        keys, values = self.keys_and_values(states, cos_sin)
+        if torch.is_grad_enabled():
+            queries, (keys, values) = self.queries(states, cos_sin), self.keys_and_values(states, cos_sin)
+        else:
+            queries, keys, values = self._at_once(states, cos_sin)
         if cache is not None:
             keys, values = cache.update(keys, values, self.layer_index)
         return self.attend(queries, keys, values, mask)
+
+    def _at_once(self, states: Tensor, cos_sin: CosSin) -> tuple[Tensor, Tensor, Tensor]:
+        """What `queries` and `keys_and_values` give, in fewer calls."""
+        norms = None if isinstance(self.q_norm, nn.Identity) else (self.q_norm, self.k_norm)
+        projected = self._joined(states).unflatten(-1, (-1, self.head_dim))
+        return by_kind(projected, self._heads, self._groups, cos_sin, norms)
 
     def queries(self, states: Tensor, cos_sin: CosSin) -> Tensor:
         """[B, Q, input_size] -> rotated queries [B, H, Q, E]."""
@@ -302,13 +332,33 @@ def _perhaps_recomputed(module: Any, compute: Callable[..., Tensor], *inputs: Te
     return compute(*inputs)
 
 
+def by_kind(
+    projected: Tensor,
+    heads: int,
+    groups: int,
+    cos_sin: CosSin,
+    norms: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Projections [B, Q, H + 2 G, E] -> rotated queries [B, H, Q, E], rotated keys and values [B, G, Q, E].
+
+    `norms` are those of query heads and of key heads.
+    """
+    turned, values = projected.split([heads + groups, groups], 2)
+    if norms is not None:
+        queries, keys = turned.split([heads, groups], 2)
+        turned = torch.cat([norms[0](queries), norms[1](keys)], 2)
+    turned = rotate(turned.transpose(1, 2), cos_sin)
+    return turned[:, :heads], turned[:, heads:], values.transpose(1, 2)
+
+
 def rotate(states: Tensor, cos_sin: CosSin) -> Tensor:
     """Turn the first R of E dimensions of [B, heads, Q, E] by their positions; the rest stays."""
-    cos, sin = (part.to(states.dtype)[:, None] for part in cos_sin)
-    turned, rest = states[..., : cos.shape[-1]], states[..., cos.shape[-1] :]
-    one, two = turned.chunk(2, -1)
-    turned = turned * cos + torch.cat([-two, one], -1) * sin
-    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+    cos, sin = (part.to(states.dtype) for part in cos_sin)
+    size = cos.shape[-1]
+    if size == states.shape[-1]:
+        return states * cos + states.roll(size // 2, -1) * sin
+    turned, rest = states[..., :size], states[..., size:]
+    return torch.cat([turned * cos + turned.roll(size // 2, -1) * sin, rest], -1)
 
 
 def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -337,7 +387,10 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) * up(x)). With `recomputed` its inner states are computed again in the backward pass.
+    """down(act(gate(x)) * up(x)).
+
+    Without gradients small projections are one product. With `recomputed` the inner states are computed again in the
+    backward pass.
 
     Raises:
         SpecdecError: an activation that is not known.
@@ -354,13 +407,17 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self._joined = Joined(self, ("gate_proj", "up_proj"))
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         return _perhaps_recomputed(self, self._gated, states)
 
     def _gated(self, states: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(states)) * self.up_proj(states))
+        if torch.is_grad_enabled():
+            return self.down_proj(self.activation(self.gate_proj(states)) * self.up_proj(states))
+        gate, up = self._joined(states).chunk(2, -1)
+        return self.down_proj(self.activation(gate) * up)
 
 
 class DecoderLayer(nn.Module):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from specdec.context import Context, Runner
-from specdec.heads.layer import grouped_attention
+from specdec.heads.layer import CosSin, by_kind, grouped_attention, normed_at_once, turns
 from specdec.joined import Joined
 from specdec.target import MASKED_ATTENTION, Form, Mask, Target, TargetOutput
 
@@ -65,10 +65,7 @@ class Norm:
         """[..., size] -> [..., size]."""
         if not states.is_cpu:
             return F.rms_norm(states, states.shape[-1:], self.module.weight, self.eps)
-        # On a CPU that is many small calls, and a layer norm one: beside its negative a vector has mean 0 and its own
-        # mean square for variance.
-        twice, size = torch.cat([states, -states], -1), states.shape[-1]
-        return F.layer_norm(twice, (2 * size,), eps=self.eps)[..., :size] * self.module.weight
+        return normed_at_once(states, self.module.weight, self.eps)
 
 
 class LeanLayer:
@@ -81,14 +78,15 @@ class LeanLayer:
         self.index, self.head_size = index, head_size
         self.attention, self.mlp = _part(layer, "self_attn"), _part(layer, "mlp")
         self.norm, self.norm_after = Norm.of(layer, "input_layernorm"), Norm.of(layer, "post_attention_layernorm")
-        self.of_heads = [Norm.of(self.attention, name) for name in _OF_HEADS if hasattr(self.attention, name)]
+        of_heads = [Norm.of(self.attention, name) for name in _OF_HEADS if hasattr(self.attention, name)]
         self.qkv = Joined(self.attention, ("q_proj", "k_proj", "v_proj"))
         self.gate_and_up = Joined(self.mlp, ("gate_proj", "up_proj"))
         self.heads, self.groups = (
             _part(self.attention, name).out_features // head_size for name in ("q_proj", "k_proj")
         )
-        if len(self.of_heads) == 1:
+        if len(of_heads) == 1:
             raise NotLean("a norm of queries or of keys, but not of both")
+        self.of_heads = (of_heads[0], of_heads[1]) if of_heads else None
         if not callable(getattr(self.mlp, "act_fn", None)):
             raise NotLean("an MLP without an activation")
 
@@ -100,25 +98,20 @@ class LeanLayer:
     @property
     def norms(self) -> list[Norm]:
         """What is not."""
-        return [self.norm, self.norm_after, *self.of_heads]
+        return [self.norm, self.norm_after, *(self.of_heads or ())]
 
-    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
-        """hidden [B, Q, D] -> [B, Q, D]; cosines and sines [B, 1, Q, E], the first half of the sines negative."""
-        hidden = hidden + self._attend(self.norm(hidden), cos, sin, mask, cache)
+    def __call__(self, hidden: Tensor, cos_sin: CosSin, mask: Tensor | None, cache: Cache) -> Tensor:
+        """hidden [B, Q, D] -> [B, Q, D]."""
+        hidden = hidden + self._attend(self.norm(hidden), cos_sin, mask, cache)
         gate, up = self.gate_and_up(self.norm_after(hidden)).chunk(2, -1)
         return hidden + self.mlp.down_proj(self.mlp.act_fn(gate) * up)
 
-    def _attend(self, states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
+    def _attend(self, states: Tensor, cos_sin: CosSin, mask: Tensor | None, cache: Cache) -> Tensor:
         rows, width, _ = states.shape
         projected = self.qkv(states).view(rows, width, -1, self.head_size)
-        turned, values = projected.split([self.heads + self.groups, self.groups], 2)
-        if self.of_heads:
-            queries, keys = turned.split([self.heads, self.groups], 2)
-            turned = torch.cat([self.of_heads[0](queries), self.of_heads[1](keys)], 2)
-        turned = turned.transpose(1, 2)  # [B, H + G, Q, E]
-        turned = turned * cos + turned.roll(self.head_size // 2, -1) * sin
-        keys, values = cache.update(turned[:, self.heads :], values.transpose(1, 2), self.index)
-        mixed = grouped_attention(turned[:, : self.heads], keys, values, mask)
+        queries, keys, values = by_kind(projected, self.heads, self.groups, cos_sin, self.of_heads)
+        keys, values = cache.update(keys, values, self.index)
+        mixed = grouped_attention(queries, keys, values, mask)
         return self.attention.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -191,17 +184,11 @@ class LeanModel:
             return self.target.forward(input_ids, positions, mask, cache, taps=taps, keep_logits=keep_logits)
         assert mask is None or isinstance(mask, Tensor)
         hidden = self.target.embedding(input_ids)
-        cos, sin = self._turns(positions, hidden.dtype)
+        cos, sin = turns(positions, self.rotary.inv_freq.float(), self.rotary.attention_scaling)
+        cos_sin = cos.to(hidden.dtype), sin.to(hidden.dtype)
         for layer in self.layers:
-            hidden = layer(hidden, cos, sin, mask, cache)
+            hidden = layer(hidden, cos_sin, mask, cache)
         return TargetOutput(self.target.logits_of(self.norm(hidden[:, -keep_logits:])))
-
-    def _turns(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B, 1, Q, E]; the half that is rolled to the front meets negative sines."""
-        angles = positions[:, None, :, None].float() * self.rotary.inv_freq.float()
-        scale = self.rotary.attention_scaling
-        cos, sin = angles.cos() * scale, angles.sin() * scale
-        return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def _part(owner: Any, name: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -69,9 +71,23 @@ def rotary_of(config: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
     return LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
 
 
+def as_in_transformers(cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Without the dimension of heads, and no sine negative."""
+    cos, sin = cos_sin
+    half = sin.shape[-1] // 2
+    return cos[:, 0], torch.cat([-sin[:, 0, :, :half], sin[:, 0, :, half:]], -1)
+
+
+@pytest.fixture(params=[True, False], ids=["gradients", "no gradients"])
+def gradients(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Layers compute in two ways, with and without."""
+    with torch.set_grad_enabled(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("length", [7, FEW_QUERIES + 3])
 @pytest.mark.parametrize("config", [LLAMA, BIASED, QWEN3], ids=["llama", "biased", "qwen3"])
-@torch.no_grad()
+@pytest.mark.usefixtures("gradients")
 def test_a_layer_equals_that_of_transformers_on_a_whole_sequence(config: Any, length: int) -> None:
     theirs = theirs_of(config)
     ours = ours_of(config, theirs)
@@ -83,7 +99,7 @@ def test_a_layer_equals_that_of_transformers_on_a_whole_sequence(config: Any, le
 
 
 @pytest.mark.parametrize("config", [LLAMA, BIASED, QWEN3], ids=["llama", "biased", "qwen3"])
-@torch.no_grad()
+@pytest.mark.usefixtures("gradients")
 def test_a_layer_equals_that_of_transformers_with_a_cache_and_a_masked_column(config: Any) -> None:
     """Five tokens, then three, then one; the last of each does not see the first column of the second row."""
     theirs = theirs_of(config)
@@ -109,7 +125,8 @@ def test_a_layer_equals_that_of_transformers_with_a_cache_and_a_masked_column(co
 def test_rotary_positions_are_those_of_transformers(name: str) -> None:
     config = tf.LlamaConfig(**sizes(head_dim=32, max_position_embeddings=512, rope_parameters=dict(ROPES[name])))
     positions = torch.tensor([[0, 1, 2, 63, 64, 300, 511], [5, 5, 4, 3, 100, 90, 0]])
-    for got, expected in zip(Rotary(LayerConfig.of(config))(positions), rotary_of(config, positions), strict=True):
+    got_of_both = as_in_transformers(Rotary(LayerConfig.of(config))(positions))
+    for got, expected in zip(got_of_both, rotary_of(config, positions), strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -133,9 +150,8 @@ def test_a_part_of_each_head_can_be_rotated(share: float) -> None:
     positions = torch.tensor([[0, 3, 77]])
     layer = LayerConfig.of(config)
     assert layer.partial_rotary_factor == share
-    for got, expected in zip(
-        Rotary(layer)(positions), GPTNeoXRotaryEmbedding(config)(torch.zeros(1), positions), strict=True
-    ):
+    got_of_both = as_in_transformers(Rotary(layer)(positions))
+    for got, expected in zip(got_of_both, GPTNeoXRotaryEmbedding(config)(torch.zeros(1), positions), strict=True):
         assert got.shape[-1] == layer.head_dim * share
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
@@ -228,9 +244,49 @@ def test_a_layer_can_be_made_without_memory() -> None:
     assert rotary(torch.tensor([[3]]))[0].isfinite().all()
 
 
-@torch.no_grad()
+@pytest.mark.usefixtures("gradients")
 def test_the_norm_of_small_dtypes_is_computed_in_float32() -> None:
     norm = RMSNorm(64).bfloat16()
     states = torch.randn(5, 64).bfloat16() * 100
     expected = states.float() * torch.rsqrt(states.float().pow(2).mean(-1, keepdim=True) + 1e-6)
     assert torch.equal(norm(states), expected.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_norm_without_gradients_is_the_norm_with_them(dtype: torch.dtype) -> None:
+    norm = RMSNorm(48, 1e-3).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    states = torch.randn(2, 5, 48).to(dtype) * torch.logspace(-4, 4, 10).view(2, 5, 1).to(dtype)
+    slow = norm(states)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(states), slow.detach())
+        assert not torch.allclose(norm(states + 1), slow), "a mean is not taken off"
+
+
+def test_what_a_layer_joined_follows_its_weights() -> None:
+    """Drafting and training alternate; a copy has weights of its own."""
+    config = LayerConfig.of(LLAMA)
+    layer, rotary = DecoderLayer(config, 0), Rotary(config)
+    states, mask = torch.randn(1, 4, 32), causal_mask(4, torch.zeros(()))
+
+    def drafted(layer: DecoderLayer) -> Tensor:
+        with torch.inference_mode():
+            return layer(states, rotary(torch.arange(4)[None]), mask).clone()
+
+    def learned(layer: DecoderLayer) -> Tensor:
+        return layer(states, rotary(torch.arange(4)[None]), mask)
+
+    first = drafted(layer)
+    torch.testing.assert_close(first, learned(layer).detach())
+    twin = copy.deepcopy(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    learned(layer).square().sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(drafted(layer), learned(layer).detach())
+    assert (drafted(layer) - first).abs().max() > 1e-2, "nothing was learned"
+    torch.testing.assert_close(drafted(twin), first)
+    with torch.no_grad():
+        twin.mlp.up_proj.weight.zero_()
+    assert (drafted(twin) - first).abs().max() > 1e-2
+    layer.half().float()
+    torch.testing.assert_close(drafted(layer), learned(layer).detach())
