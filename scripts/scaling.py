@@ -40,7 +40,7 @@ from specdec.train.objective import POSITIONS_AT_ONCE
 from specdec.train.online import OnlineSettings
 from specdec.train.plan import FP32, LOGITS_ALIVE, MOMENTS
 
-RATES = Path(__file__).parents[1] / "docs" / "benchmarks" / "2026-11-27-scaling-rates.json"
+RATES = Path(__file__).parents[1] / "docs" / "benchmarks" / "2026-11-28-scaling-rates.json"
 
 Table = list[list[str]]
 """Rows of cells, the header first."""
