@@ -36,7 +36,7 @@ from scaling_work import (
 
 from specdec.costs.roofline import machine_named
 from specdec.train.feature_cache import FeaturePlan
-from specdec.train.objective import POSITIONS_AT_ONCE
+from specdec.train.logits import ELEMENTS_AT_ONCE
 from specdec.train.online import OnlineSettings
 from specdec.train.plan import FP32, LOGITS_ALIVE, MOMENTS
 
@@ -71,18 +71,21 @@ def works() -> Iterator[Work]:
 def rates_table(rates: dict[str, Any]) -> Table:
     """What was measured here."""
     forward, disk = rates["forward"], rates["disk"]
-    lines = [["what", "tokens/s", "share of the machine's matrix product", "of the forward's share"]]
-    lines.append(["target's forward", short(forward["tokens_per_second"]), f"{forward['fraction']:.2f}", "1"])
+    lines = [["what", "tokens/s", "share of the machine's matrix product", "of the forward's share",
+              "time with `--gradient-checkpointing`"]]  # fmt: skip
+    lines.append(["target's forward", short(forward["tokens_per_second"]), f"{forward['fraction']:.2f}", "1", ""])
     for kind, rate in rates["training"].items():
         relative = rate["fraction"] / forward["fraction"]
         share = f"{rate['fraction']:.2f}"
-        lines.append([f"step of {kind}, target aside", short(rate["tokens_per_second"]), share, f"{relative:.2f}"])
+        again = f"{rate['recompute']:.2f} x"
+        step = f"step of {kind}, target aside"
+        lines.append([step, short(rate["tokens_per_second"]), share, f"{relative:.2f}", again])
     for name, words in {
         "write_with_target": "features computed and written", "write": "the same bytes written and synced",
         "read_cold": "read in random order from the disk", "read_warm": "read in random order from memory",
     }.items():  # fmt: skip
-        lines.append([words, "", f"{disk[name] / 1e6:,.0f} MB/s", ""])
-    lines.append(["kept by the loss for each token of a law and depth", "", f"{rates['kept_bytes']:.1f} bytes", ""])
+        lines.append([words, "", f"{disk[name] / 1e6:,.0f} MB/s", "", ""])
+    lines.append(["kept by the loss for each token of a law and depth", "", f"{rates['kept_bytes']:.1f} bytes", "", ""])
     return lines
 
 
@@ -157,29 +160,28 @@ def fixed_bytes(work: Work) -> float:
 
 
 def row_bytes(work: Work, rates: dict[str, Any], *, bounded: bool = False) -> float:
-    """Of one row in one forward; `bounded` leaves out laws, which then take `chunk_bytes`."""
+    """Of one row in one forward; `bounded` leaves out laws, but for the target's logits: they take `PART_BYTES`."""
     tokens, vocabulary = ASSUMED.row_length, TARGETS[work.target]["vocab_size"]
     taps = len(work.stored) * work.hidden_size * (2 + FP32)
     states = ASSUMED.activation_bytes_per_state * work.states + FP32 * work.mask_columns
-    laws = 2 * vocabulary + work.laws * work.law_size * (rates["kept_bytes"] + FP32)
-    return tokens * (taps + states + (0 if bounded else laws))
+    laws = work.laws * work.law_size * (rates["kept_bytes"] + FP32)
+    return tokens * (taps + states + 2 * vocabulary + (0 if bounded else laws))
 
 
-def chunk_bytes(work: Work) -> float:
-    """Laws of one chunk at a time, made again in the backward pass."""
-    return FP32 * LOGITS_ALIVE * POSITIONS_AT_ONCE * TARGETS[work.target]["vocab_size"]
+PART_BYTES = FP32 * LOGITS_ALIVE * ELEMENTS_AT_ONCE
+"""Logits and laws that are made at a time, and again in the backward pass, with `--gradient-checkpointing`."""
 
 
 def memory_table(rates: dict[str, Any]) -> Table:
     """Gigabytes of one device and the rows that fit."""
     lines = [["target", "kind", "target's part", "drafter, gradients, moments", f"a row of {ASSUMED.row_length}",
-              "of it laws", "rows at once in 80 GB", "with laws in chunks"]]  # fmt: skip
+              "of it kept for laws", "rows at once in 80 GB", "laws made again"]]  # fmt: skip
     for work in works():
         model = machine(work.target, 1.0)
         usable = ASSUMED.usable_memory * model.device.memory_bytes - fixed_bytes(work)
         row, bare = row_bytes(work, rates), row_bytes(work, rates, bounded=True)
         target = model.model.parameters * 2 / model.device.count
-        rows = [usable / row, (usable - chunk_bytes(work)) / bare]
+        rows = [usable / row, (usable - PART_BYTES) / bare]
         lines.append([
             work.target, work.kind, gigabytes(target), gigabytes(fixed_bytes(work) - target), gigabytes(row),
             gigabytes(row - bare), *(str(max(int(count), 0)) for count in rows),

@@ -3,9 +3,10 @@
     python scripts/scaling_rates.py --out rates.json
 
 A Llama of 33 million random parameters stands for the target. Measured are the machine's matrix product, the target's
-forward, a training step of several kinds without the target (forward, loss, backward, AdamW), the feature cache's
-writing and reading, and the bytes that a loss keeps for its backward pass. Work is timed in seconds of CPU time, which
-what else runs on the machine disturbs little, in interleaved rounds, and the fastest counts; the disk by the clock.
+forward, a training step of several kinds without the target (forward, loss, backward, AdamW), the same with gradient
+checkpointing, the feature cache's writing and reading, and the bytes that a loss keeps for its backward pass. Work is
+timed in seconds of CPU time, which what else runs on the machine disturbs little, in interleaved rounds, and the
+fastest counts; the disk by the clock.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ from specdec.train.objective import Objective
 from specdec.train.order import Order, Piece
 from specdec.train.prepared import PreparedData, write_prepared
 from specdec.train.recipe import recipe_for
-from specdec.train.run import make_training
+from specdec.train.run import keep_less, make_training
 from specdec.train.trainable import Trainable
 
 VOCABULARY, ROWS, ROW_LENGTH = 8192, 2, 256
 DRAFT_VOCABULARY = 2048
 KINDS = ("medusa", "hydra", "eagle3", "draft-model")
 DOCUMENTS = 32
+AGAIN = "recompute"
+"""Of a kind's rates: how many times as long a step takes with logits and layers made again in the backward pass."""
 
 
 def llama(hidden: int, layers: int) -> Any:
@@ -56,13 +59,15 @@ def llama(hidden: int, layers: int) -> Any:
     ).eval()  # fmt: skip
 
 
-def training_of(kind: str, target: Target) -> Trainable:
+def training_of(kind: str, target: Target, *, recompute: bool = False) -> Trainable:
     """A fresh drafter of this kind, in fp32."""
     if kind == "draft-model":
-        return DraftModelTraining(target, llama(256, 4))
-    return make_training(
-        recipe_for(kind, head={"draft_vocab_size": DRAFT_VOCABULARY} if kind == "eagle3" else {}), target
-    )
+        return DraftModelTraining(target, llama(256, 4), recompute=recompute)
+    head = {"draft_vocab_size": DRAFT_VOCABULARY} if kind == "eagle3" else {}
+    training = make_training(recipe_for(kind, head=head), target)
+    if recompute:
+        keep_less(training)
+    return training
 
 
 def flops_of(kind: str, training: Trainable, target: Target, row_length: int = ROW_LENGTH) -> float:
@@ -112,17 +117,21 @@ def speeds(target: Target, data: PreparedData, rounds: int) -> dict[str, Any]:
     works: dict[str, Callable[[], Any]] = {"peak": lambda: left @ right, "forward": lambda: features(batch)}
     flops = {"forward": float(forward_flops(target))}
     for kind in KINDS:
-        training = training_of(kind, target)
-        ready = TargetFeatures(target, training.taps)(batch)
-        optimizer = torch.optim.AdamW([p for p in training.module.parameters() if p.requires_grad], lr=1e-5)
+        for recompute in (False, True):
+            training = training_of(kind, target, recompute=recompute)
+            ready = TargetFeatures(target, training.taps)(batch)
+            optimizer = torch.optim.AdamW([p for p in training.module.parameters() if p.requires_grad], lr=1e-5)
+            name = f"{kind} {AGAIN}" if recompute else kind
+            works[name] = lambda t=training, b=ready, o=optimizer: learn(t, b, o)
         flops[kind] = flops_of(kind, training, target)
-        works[kind] = lambda t=training, b=ready, o=optimizer: learn(t, b, o)
     seconds = fastest(works, rounds)
     peak = 2 * 2048**3 / seconds["peak"]
     rates = {
         name: {"tokens_per_second": tokens / seconds[name], "fraction": flops[name] * tokens / seconds[name] / peak}
         for name in flops
     }
+    for kind in KINDS:
+        rates[kind][AGAIN] = seconds[f"{kind} {AGAIN}"] / seconds[kind]
     return {"peak_flops": peak, "forward": rates.pop("forward"), "training": rates}
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specdec.train.logits import Logits
 from specdec.train.order import Piece, Row, derived_seed
 
 PADDING = -1
@@ -90,6 +91,13 @@ class TrainBatch:
         """The target's logits [M, V] that stand at these places: bool [R, S], or M rows and M columns."""
         assert self.logits is not None, "features with logits come first"
         return self.logits[places]
+
+    def laws_to_make(self, places: Places) -> Logits:
+        """The same without a copy of them all: whoever reads them takes some at a time."""
+        logits = self.logits
+        assert logits is not None, "features with logits come first"
+        listed = places.nonzero() if isinstance(places, Tensor) else torch.stack(places, 1)
+        return Logits(listed, lambda some: logits[some[:, 0], some[:, 1]], logits.shape[-1])
 
     def stands(self, ahead: int) -> Tensor:
         """Bool [R, S]: where the target's own laws of the tokens of `drafts(ahead)` stand, in the same order."""

@@ -16,13 +16,13 @@ q_v / p_v is then the same for all tokens of the bucket, so value and gradient a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from specdec.errors import BadRecipe
-from specdec.train.objective import Objective, Term
+from specdec.train.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,11 @@ class BucketObjective(Objective):
                 f"{self.temperature}; keep whole laws (top_k=None), or leave the temperature of the loss at 1"
             )
 
-    def term(
-        self, depth: int, draft: Tensor, target: Tensor, *, position_weights: Tensor | None = None, weight: float = 1.0
-    ) -> Term:
-        """As `Objective.term`. Agreement, and the label of cross-entropy, come from the kept tokens."""
+    def compare(self, draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Objective.compare`. Agreement, and the label of cross-entropy, come from the kept tokens."""
         filled = target if self.divergence == "ce" else with_bucket(draft, target)
-        term = super().term(depth, draft, filled, position_weights=position_weights, weight=weight)
-        with torch.no_grad():
-            return replace(term, hits=draft.argmax(-1) == target.argmax(-1))
+        losses, alpha, _ = super().compare(draft, filled)
+        return losses, alpha, (draft.argmax(-1) == target.argmax(-1)).detach()
 
 
 @torch.no_grad()

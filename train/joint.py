@@ -148,7 +148,8 @@ def train_medusa2(
         data_identity: says which data this is; a resumed run must agree.
         begin_from: Medusa heads of this target to begin with; the first stage is left out then, unless its steps are
             among what the recipe was given.
-        recompute: the target's layers are run again in the second stage's backward pass instead of being remembered.
+        recompute: logits, and in the second stage the target's layers, are made again in the backward pass instead of
+            being kept.
         report: hears of every step and validation of the second stage.
         restored: called before its first step.
         report_heads, restored_heads: the same of the first stage.
@@ -173,8 +174,8 @@ def train_medusa2(
     learned: dict[str, Tensor] | None = None
     if settings.frozen_steps:
         loop = train_head(
-            head_recipe(recipe), model, documents, out / HEADS, begin_from=begin_from, report=report_heads,
-            restored=restored_heads, **common,
+            head_recipe(recipe), model, documents, out / HEADS, begin_from=begin_from, recompute=recompute,
+            report=report_heads, restored=restored_heads, **common,
         )  # fmt: skip
         if loop.step < loop.settings.steps or loop.stopped:
             return loop

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from specdec.errors import BadRecipe
 from specdec.train.divergence import Laws, acceptance, divergence
+from specdec.train.logits import Logits, compared
 
 POSITIONS_AT_ONCE = 4096
 """Rows of [M, V] in fp32 that a divergence works on at a time; bounds memory for large vocabularies."""
@@ -75,32 +76,40 @@ class Objective:
             raise BadRecipe(f"the temperature of the loss is positive, got {self.temperature}")
 
     def term(
-        self, depth: int, draft: Tensor, target: Tensor, *, position_weights: Tensor | None = None, weight: float = 1.0
+        self,
+        depth: int,
+        draft: Tensor | Logits,
+        target: Tensor | Logits,
+        *,
+        position_weights: Tensor | None = None,
+        weight: float = 1.0,
     ) -> Term:
         """The term of one depth.
 
         Args:
             depth: 1 for the first drafted token.
             draft: logits [M, V] with gradient.
-            target: logits [M, V] over the same vocabulary.
+            target: logits [M, V] over the same vocabulary; both are there, or both are to be made.
             position_weights: [M], constants such as D-PACE's or a token filter's 0 and 1.
             weight: beside the decay.
         """
-        distance = divergence(self.divergence)
-        losses, alphas, hits = [], [], []
-        for q, p in zip(draft.split(POSITIONS_AT_ONCE), target.split(POSITIONS_AT_ONCE), strict=True):
-            laws = Laws(q, p)
-            cooled = laws if self.temperature == 1 else Laws(q / self.temperature, p / self.temperature)
-            losses.append(distance(cooled))
-            alphas.append(acceptance(laws).detach())
-            hits.append(laws.agree())
-        if not losses:
-            empty = draft.sum(-1)
-            return Term(f"depth {depth}", empty, 0.0, empty.detach(), empty.detach().bool(), depth)
-        return Term(
-            f"depth {depth}", torch.cat(losses), weight * self.decay ** (depth - 1), torch.cat(alphas), torch.cat(hits),
-            depth, position_weights,
-        )  # fmt: skip
+        if isinstance(draft, Logits) and isinstance(target, Logits):
+            parts = list(compared(self.compare, draft, target))
+        else:
+            assert isinstance(draft, Tensor), "either both are there, or both are to be made"
+            assert isinstance(target, Tensor)
+            pairs = zip(draft.split(POSITIONS_AT_ONCE), target.split(POSITIONS_AT_ONCE), strict=True)
+            parts = [self.compare(q, p) for q, p in pairs]
+        losses, alphas, hits = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Term(f"depth {depth}", losses, weight * self.decay ** (depth - 1), alphas, hits, depth, position_weights)
+
+    def compare(self, draft: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses, acceptance and agreement [M] of logits [M, V]."""
+        laws = Laws(draft, target)
+        cooled = laws
+        if self.temperature != 1:
+            cooled = Laws(draft / self.temperature, target / self.temperature)
+        return divergence(self.divergence)(cooled), acceptance(laws).detach(), laws.agree()
 
 
 def confidence_weights(confidence: Tensor, counts: Tensor, smoothing: float = 0.5) -> Tensor:

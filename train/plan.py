@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from specdec.train.batch import Documents
+from specdec.train.logits import ELEMENTS_AT_ONCE
 from specdec.train.order import Order
 from specdec.train.recipe import Recipe
 from specdec.train.shards import gathered_apart
@@ -50,8 +51,13 @@ class Plan:
         return dict(vars(self))
 
 
-def plan_run(recipe: Recipe, training: Trainable, documents: Documents, processes: int = 1) -> Plan:
-    """Count what this recipe needs on these documents, in each of so many processes."""
+def plan_run(
+    recipe: Recipe, training: Trainable, documents: Documents, processes: int = 1, *, recompute: bool = False
+) -> Plan:
+    """Count what this recipe needs on these documents, in each of so many processes.
+
+    `recompute` says that logits are made again in the backward pass instead of being kept.
+    """
     settings, data = recipe.loop, recipe.data
     order = Order(documents.lengths, data.row_length, settings.seed, packed=data.packed)
     rows = len(order.rows_of(0))
@@ -70,10 +76,17 @@ def plan_run(recipe: Recipe, training: Trainable, documents: Documents, processe
         epochs=settings.steps * settings.rows_per_step / rows,
         target_bytes=target_bytes(training),
         drafter_bytes=drafter_bytes(training, processes if settings.fsdp else 1),
-        activation_bytes=FP32 * LOGITS_ALIVE * positions * target.vocab_size,
+        activation_bytes=law_bytes(positions * target.vocab_size, target.dtype.itemsize, recompute=recompute),
         checkpoint_bytes=checkpoint_bytes(training),
         checkpoints=settings.keep + 2,
     )
+
+
+def law_bytes(elements: int, itemsize: int, *, recompute: bool) -> int:
+    """Of so many logits of the target and as many of the draft; made again, those of the target alone stay whole."""
+    if not recompute:
+        return FP32 * LOGITS_ALIVE * elements
+    return itemsize * elements + FP32 * LOGITS_ALIVE * min(elements, ELEMENTS_AT_ONCE)
 
 
 def drafter_bytes(training: Trainable, shards: int) -> int:

@@ -82,7 +82,8 @@ def train_head(
         prompts: held-out prompts to decode for validation; none means no validation.
         data_identity: says which data this is; a resumed run must agree.
         begin_from: a draft head of this kind whose weights the first step begins with, or a run that has one.
-        recompute: decoder layers of the head are run again in the backward pass instead of being remembered.
+        recompute: logits, and what happens inside the head's decoder layers, are made again in the backward pass
+            instead of being kept.
         report: hears of every step and validation.
         restored: called once everything fits and the newest checkpoint is taken up, before the first step.
         resume: go on from the newest checkpoint in `out`.
@@ -104,7 +105,7 @@ def train_head(
     if isinstance(training, Eagle3Training) and begin_from is None:
         training.choose_vocabulary(supervised_tokens(documents))
     if recompute:
-        recompute_layers(training.module, recipe.kind)
+        keep_less(training)
     check_drafts(training)
     return run_loop(
         recipe,
@@ -220,17 +221,12 @@ def check_drafts(training: HeadTraining) -> None:
         raise BadRecipe(f"[head] options {training.options}: {error}") from error
 
 
-def recompute_layers(module: nn.Module, kind: str) -> None:
-    """Let attention and MLPs forget what happens inside them, and compute it again in the backward pass.
-
-    Raises:
-        BadRecipe: this kind has none.
-    """
-    parts = [part for part in module.modules() if isinstance(part, Attention | MLP)]
-    if not parts:
-        raise BadRecipe(f"{kind} has no decoder layer that could be recomputed; leave --gradient-checkpointing out")
-    for part in parts:
-        part.recomputed = True
+def keep_less(training: HeadTraining) -> None:
+    """Make logits, and what happens inside attention and MLPs, again in the backward pass."""
+    training.recompute = True
+    for part in training.module.modules():
+        if isinstance(part, Attention | MLP):
+            part.recomputed = True
 
 
 def _how_rows_are_made(recipe: Recipe) -> dict[str, Any]:

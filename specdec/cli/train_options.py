@@ -72,7 +72,8 @@ BeginFrom = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Refuse an --out that holds checkpoints.")]
 GradientCheckpointing = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Compute layers again instead of keeping their states.")
+    bool,
+    typer.Option("--gradient-checkpointing", help="Make logits and states again instead of keeping them: less memory."),
 ]
 Processes = Annotated[int, typer.Option(callback=within(1), help="Processes on this machine.")]
 Fsdp = Annotated[

@@ -64,7 +64,9 @@ def _plans(
             recipes[first] = recipes[first].for_width(training.module.config.hidden_size)
         else:
             training = training_of(job, recipes[last], model, data[last], Path(folder))
-        return recipes, {name: plan_run(recipes[name], training, data[name], fit[0]) for name in runs}
+        return recipes, {
+            name: plan_run(recipes[name], training, data[name], fit[0], recompute=job.recompute) for name in runs
+        }
 
 
 def _report(recipe: dict[str, Any], recipes: dict[str, Recipe], plans: dict[str, Plan]) -> dict[str, Any]:

@@ -101,13 +101,18 @@ def data(count: int = 12, length: int = 30) -> MemoryData:
 
 def test_a_plan_counts_rows_steps_and_parameters():
     recipe = recipe_for(
-        "medusa", None, **parsed_settings(["data.row_length=60", "loop.steps=9", "loop.rows_per_step=2"])
+        "medusa",
+        None,
+        **parsed_settings(["data.row_length=60", "loop.steps=9", "loop.rows_per_step=2", "loop.rows_at_once=1"]),
     )
     training = make_training(recipe, target_of(shared_target()))
     plan = plan_run(recipe, training, data())
     assert (plan.rows, plan.tokens, plan.tokens_per_step) == (6, 360, 120)
     assert (plan.steps_per_epoch, plan.epochs) == (3.0, 3.0)
     assert plan.parameters == plan.learning == sum(p.numel() for p in training.module.parameters())
+    assert plan.activation_bytes == 6 * 4 * 60 * VOCAB  # a row at once
+    again = plan_run(recipe, training, data(), recompute=True)
+    assert again.activation_bytes == (4 + 6 * 4) * 60 * VOCAB  # so few that they are made together
     assert plan.checkpoint_bytes == checkpoint_bytes(training) == plan.parameters * (4 + 4 + 8)
 
 

@@ -26,6 +26,7 @@ from specdec.heads.dflash import DFlashConfig, DFlashHead, InjectedFeatures, anc
 from specdec.target import Target
 from specdec.train.batch import TrainBatch
 from specdec.train.kinds.head import HeadTraining, checked_taps
+from specdec.train.logits import Logits
 from specdec.train.objective import Objective, Term, confidence_weights
 
 Weights = Literal["decay", "d-pace", "equal"]
@@ -99,11 +100,16 @@ class DFlashTraining(HeadTraining):
         head = cast(DFlashHead, self.module)
         blocks = draw_blocks(batch, head.config.max_depth, self.anchors)
         states = self._states(batch, blocks)
-        logits = [self._logits(states[here, slot]) for slot, here in enumerate(blocks.counts, head.config.first_slot)]
+        logits = [
+            self.logits(states[here, slot], self._logits)
+            for slot, here in enumerate(blocks.counts, head.config.first_slot)
+        ]
         weights = self._position_weights(batch, blocks, logits)
         decay = published_decay(head.config.block_size) if self.weights == "decay" else 1.0
         return [
-            self._term(objective, depth, drafted, blocks.laws(batch, depth), weights[depth - 1], decay ** (depth - 1))
+            self._term(
+                objective, depth, drafted, self._laws(batch, blocks, depth), weights[depth - 1], decay ** (depth - 1)
+            )
             for depth, drafted in enumerate(logits, start=1)
         ]
 
@@ -134,20 +140,29 @@ class DFlashTraining(HeadTraining):
         dtype = cast(Any, self.target.lm_head).weight.dtype
         return cast(DFlashHead, self.module).logits(states, lambda normed: self.target.lm_head(normed.to(dtype)))
 
-    def _position_weights(self, batch: TrainBatch, blocks: Blocks, logits: list[Tensor]) -> list[Tensor]:
+    def _laws(self, batch: TrainBatch, blocks: Blocks, depth: int) -> Tensor | Logits:
+        """The target's logits of the tokens of a depth, one for each block that counts there."""
+        places = blocks.places(depth)
+        return batch.laws_to_make(places) if self.recompute else batch.laws_at(places)
+
+    def _position_weights(self, batch: TrainBatch, blocks: Blocks, logits: list[Tensor | Logits]) -> list[Tensor]:
         """K weights, one for each block that counts at a depth: what a block stands for, times D-PACE's if asked."""
         weights = blocks.stands_for.expand(len(logits), -1)
         if self.weights == "d-pace":
             confidence = torch.zeros_like(weights)
-            with torch.no_grad():
-                for depth, (drafted, here) in enumerate(zip(logits, blocks.counts, strict=True), start=1):
-                    tokens = blocks.tokens(batch, depth)[:, None]
-                    confidence[depth - 1, here] = drafted.float().softmax(-1).gather(1, tokens)[:, 0]
+            for depth, (drafted, here) in enumerate(zip(logits, blocks.counts, strict=True), start=1):
+                confidence[depth - 1, here] = confidence_in(drafted, blocks.tokens(batch, depth))
             weights = weights * confidence_weights(confidence, blocks.counts)
         return [weight[here] for weight, here in zip(weights, blocks.counts, strict=True)]
 
     def _term(
-        self, objective: Objective, depth: int, drafted: Tensor, laws: Tensor, weights: Tensor, weight: float
+        self,
+        objective: Objective,
+        depth: int,
+        drafted: Tensor | Logits,
+        laws: Tensor | Logits,
+        weights: Tensor,
+        weight: float,
     ) -> Term:
         """With a vocabulary of its own the head is held to the laws whose favourite it can guess, over what it can."""
         head = cast(DFlashHead, self.module)
@@ -155,6 +170,15 @@ class DFlashTraining(HeadTraining):
             known, guesses = head.t2d[laws.argmax(-1)], head.token_ids
             drafted, laws, weights = drafted[known][:, guesses], laws[known][:, guesses], weights[known]
         return objective.term(depth, drafted, laws, position_weights=weights, weight=weight)
+
+
+@torch.no_grad()
+def confidence_in(drafted: Tensor | Logits, tokens: Tensor) -> Tensor:
+    """The draft's probability [M] of tokens [M]."""
+    if isinstance(drafted, Logits):
+        made = ((drafted.make(drafted.states[rows]), tokens[rows]) for rows in drafted.slices())
+        return torch.cat([confidence_in(logits, some) for logits, some in made])
+    return drafted.float().softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 @dataclass(frozen=True)
@@ -181,10 +205,10 @@ class Blocks:
         here = self.counts[depth - 1]
         return batch.ids[self.rows[here], self.starts[here] + depth]
 
-    def laws(self, batch: TrainBatch, depth: int) -> Tensor:
-        """The target's logits of those tokens, [M', V]."""
+    def places(self, depth: int) -> tuple[Tensor, Tensor]:
+        """Rows and columns [M'] where the target's own laws of those tokens stand."""
         here = self.counts[depth - 1]
-        return batch.laws_at((self.rows[here], self.starts[here] + depth - 1))
+        return self.rows[here], self.starts[here] + depth - 1
 
 
 def draw_blocks(batch: TrainBatch, depths: int, anchors: int) -> Blocks:

@@ -25,6 +25,7 @@ from specdec.errors import BadRecipe, DrafterMismatch
 from specdec.probe import target_of
 from specdec.target import Target
 from specdec.train.batch import TrainBatch
+from specdec.train.logits import Logits, compared
 from specdec.train.objective import Objective, Term, hardest
 from specdec.train.tokenizer_files import copy_tokenizer
 from specdec.vocabulary import check_vocabulary
@@ -44,7 +45,7 @@ class DraftModelTraining:
             where `draft` lags most behind it (AdaSPEC, arXiv 2510.19779).
         keep_share: AdaSPEC's k.
         dropout: whether the draft's own dropout is on while it learns; DistillSpec has none.
-        recompute: layers are run again in the backward pass instead of being remembered.
+        recompute: logits are made, and layers run, again in the backward pass instead of being kept.
         options: of the drafter that validation decodes with; saved with the draft.
 
     Raises:
@@ -77,7 +78,7 @@ class DraftModelTraining:
         self.reference = None if reference is None else frozen(cast(Any, reference).float().to(target.device))
         self.keep_share = keep_share
         self.dropout = dropout
-        self._recompute = recompute
+        self.recompute = recompute
         if recompute:
             recomputed_layers(self.module)
         self.options = dict(options or {})
@@ -87,13 +88,17 @@ class DraftModelTraining:
     def terms(self, batch: TrainBatch, objective: Objective) -> list[Term]:
         """One term: all supervised tokens."""
         self._begin_learning()
-        here = batch.drafts(1)
-        drafted = logits_at(self.module, batch, here)
+        drafted = self._drafted(self.module, batch)
         if not self.needs_logits:
-            return [Term("tokens", F.cross_entropy(drafted.float(), batch.tokens(1), reduction="none"))]
-        drafted, law = in_common(drafted, batch.laws(1))
-        term = objective.term(1, drafted, law)
+            return [Term("tokens", cross_entropies(drafted, batch.tokens(1)))]
+        law = batch.laws_to_make(batch.stands(1)) if self.recompute else batch.laws(1)
+        term = objective.term(1, *in_common(drafted, law))
         return [term if self.reference is None else self._filtered(term, batch, objective, law)]
+
+    def _drafted(self, model: PreTrainedModel, batch: TrainBatch) -> Tensor | Logits:
+        """Logits [M, V] at all supervised tokens, of the draft or of the reference."""
+        here = batch.drafts(1)
+        return logits_to_make(model, batch, here) if self.recompute else logits_at(model, batch, here)
 
     def _begin_learning(self) -> None:
         """Training mode for dropout if wanted; recomputed layers ask for it themselves, not for their parts."""
@@ -104,9 +109,9 @@ class DraftModelTraining:
     @property
     def recomputed(self) -> list[nn.Module]:
         """Layers that are run again in the backward pass."""
-        return _checkpointing(self.module) if self._recompute else []
+        return _checkpointing(self.module) if self.recompute else []
 
-    def _filtered(self, term: Term, batch: TrainBatch, objective: Objective, law: Tensor) -> Term:
+    def _filtered(self, term: Term, batch: TrainBatch, objective: Objective, law: Tensor | Logits) -> Term:
         """The term with the weight of each row on the positions that AdaSPEC keeps.
 
         The choice is made row by row, so that it does not depend on which rows share a micro-batch.
@@ -114,8 +119,7 @@ class DraftModelTraining:
         assert self.reference is not None
         here = batch.drafts(1)
         with torch.no_grad():
-            known, law = in_common(logits_at(self.reference, batch, here), law)
-            reference = objective.term(1, known, law).losses
+            reference = objective.term(1, *in_common(self._drafted(self.reference, batch), law)).losses
         counts = here.sum(1).tolist()
         weights = [
             kept_weights(ours, theirs, self.keep_share)
@@ -200,13 +204,36 @@ def logits_at(model: PreTrainedModel, batch: TrainBatch, here: Tensor) -> Tensor
     return adapter.call((), **inputs, attention_mask=None, use_cache=False).logits[here]
 
 
-def in_common(draft: Tensor, law: Tensor) -> tuple[Tensor, Tensor]:
+def logits_to_make(model: PreTrainedModel, batch: TrainBatch, here: Tensor) -> Logits:
+    """The same from the states before the output matrix, for whoever reads some at a time."""
+    adapter = Target(model)
+    last = adapter.num_layers
+    inputs: dict[str, Any] = {"input_ids": batch.ids, "position_ids": batch.positions}
+    if adapter.takes_logits_to_keep:
+        inputs["logits_to_keep"] = 1  # none are wanted, and 0 stands for all
+    output = adapter.call((last,), **inputs, attention_mask=None, use_cache=False)
+    return Logits(output.taps[last][here], adapter.logits_of, adapter.vocab_size)
+
+
+def cross_entropies(drafted: Tensor | Logits, tokens: Tensor) -> Tensor:
+    """-log q of tokens [M] by logits [M, V]."""
+
+    def of(logits: Tensor, tokens: Tensor) -> tuple[Tensor]:
+        return (F.cross_entropy(logits.float(), tokens, reduction="none"),)
+
+    if isinstance(drafted, Tensor):
+        return of(drafted, tokens)[0]
+    named = Logits(tokens, lambda some: some, drafted.vocab_size)
+    return torch.cat([losses for (losses,) in compared(of, drafted, named)])
+
+
+def in_common(draft: Tensor | Logits, law: Tensor | Logits) -> tuple[Tensor | Logits, Tensor | Logits]:
     """Both logits [M, V] over the ids that both models have.
 
     Models of one tokenizer may pad their heads to different widths; ids beyond the tokenizer's last never come.
     """
     width = min(draft.shape[-1], law.shape[-1])
-    return draft[..., :width], law[..., :width]
+    return draft[:, :width], law[:, :width]
 
 
 def kept_weights(losses: Tensor, reference: Tensor, share: float) -> Tensor:

@@ -89,8 +89,8 @@ class EagleTraining(HeadTraining):
         for step, drafted in enumerate(unrolled(self.module, states, batch, self.target, self.steps), start=1):
             here = batch.drafts(step + 1)
             chosen = drafted[here]
-            logits = self.target_logits(chosen)
-            terms.append(objective.term(step, logits, batch.laws(step + 1), weight=self.law_weight))
+            logits = self.logits(chosen, self.target_logits)
+            terms.append(objective.term(step, logits, self.laws(batch, step + 1), weight=self.law_weight))
             wanted = features.roll(-step, 1)[here]
             losses = F.smooth_l1_loss(chosen, wanted, reduction="none").mean(-1)
             terms.append(Term(f"features {step}", losses, self.feature_weight * objective.decay ** (step - 1)))
@@ -180,8 +180,10 @@ class Eagle3Training(HeadTraining):
         guesses = head.to_token_ids(torch.arange(head.guessed, device=states.device))
         terms = []
         for step, drafted in enumerate(unrolled(head, states, batch, self.target, self.steps), start=1):
-            logits = head.logits(drafted[batch.drafts(step + 1)], self.target_logits)
-            laws = batch.laws(step + 1)
+            logits = self.logits(
+                drafted[batch.drafts(step + 1)], lambda states: head.logits(states, self.target_logits)
+            )
+            laws = self.laws(batch, step + 1)
             if head.t2d is not None:
                 known = head.t2d[laws.argmax(-1)]
                 logits, laws = logits[known], laws[known][:, guesses]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from specdec.formats import write
 from specdec.formats.checkpoint import HeadCheckpoint
 from specdec.target import Target
 from specdec.train.batch import TrainBatch
+from specdec.train.logits import Logits
 from specdec.train.objective import Objective, Term
 
 
@@ -33,6 +35,8 @@ class HeadTraining(ABC):
 
     kind: str
     needs_logits: bool = True
+    recompute: bool = False
+    """Logits are made again in the backward pass instead of being kept."""
 
     def __init__(
         self, target: Target, head: nn.Module, taps: tuple[int, ...], options: dict[str, Any] | None = None
@@ -47,6 +51,15 @@ class HeadTraining(ABC):
     @abstractmethod
     def terms(self, batch: TrainBatch, objective: Objective) -> list[Term]:
         """The loss of a batch, as addends."""
+
+    def logits(self, states: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor | Logits:
+        """What `make` gives of states [M, ...], row by row: logits [M, N], or what they can be made from."""
+        return Logits(states, make, self.target.vocab_size) if self.recompute else make(states)
+
+    def laws(self, batch: TrainBatch, ahead: int) -> Tensor | Logits:
+        """The target's logits at the M positions of `drafts(ahead)`, see `TrainBatch.laws`."""
+        places = batch.stands(ahead)
+        return batch.laws_to_make(places) if self.recompute else batch.laws_at(places)
 
     def target_logits(self, hidden: Tensor) -> Tensor:
         """The target's own output matrix on states [M, D] of any dtype, with its family's scale or cap."""

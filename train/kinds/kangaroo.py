@@ -45,4 +45,4 @@ class KangarooTraining(HeadTraining):
         states = batch.taps[self.taps[0]].float()
         drafted = cast(KangarooHead, self.module)(states, batch.positions, document_mask(batch, states))
         here = batch.drafts(1)
-        return [objective.term(1, self.target_logits(drafted[here]), batch.laws(1))]
+        return [objective.term(1, self.logits(drafted[here], self.target_logits), self.laws(batch, 1))]

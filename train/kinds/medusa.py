@@ -6,6 +6,7 @@ d + 1 tokens ahead. It is compared with the target's own law of that token, give
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -51,7 +52,11 @@ class MedusaTraining(HeadTraining):
         head = cast(MedusaHead, self.module)
         hidden = batch.taps[self.taps[0]].float()
         return [
-            objective.term(depth, self._logits(head, depth - 1, hidden[batch.drafts(depth + 1)]), batch.laws(depth + 1))
+            objective.term(
+                depth,
+                self.logits(hidden[batch.drafts(depth + 1)], partial(self._logits, head, depth - 1)),
+                self.laws(batch, depth + 1),
+            )
             for depth in range(1, head.config.num_heads + 1)
         ]
 

@@ -74,7 +74,7 @@ class Medusa2Training:
         heads: the heads, warmed up on the frozen target, and that target.
         adapters: of the same target.
         weights: of the joint loss.
-        recompute: the target's layers are run again in the backward pass instead of being remembered.
+        recompute: logits and the target's layers are made again in the backward pass instead of being kept.
     """
 
     kind = MEDUSA_2
@@ -85,6 +85,7 @@ class Medusa2Training:
         self, heads: MedusaTraining, adapters: Adapters, weights: JointWeights, *, recompute: bool = False
     ) -> None:
         self.heads, self.adapters, self.weights = heads, adapters, weights
+        heads.recompute = recompute
         self.target = heads.target
         self.recomputed = recomputed_layers(self.target.model) if recompute else []
         self.module: nn.Module = nn.ModuleDict({"heads": heads.module, "adapters": adapters.to(self.target.device)})
@@ -99,7 +100,9 @@ class Medusa2Training:
         """The base term at all supervised tokens, and one term for each head."""
         adapted = self._adapted(batch)
         assert adapted.logits is not None
-        law = Objective().term(1, adapted.logits[batch.drafts(1)], batch.laws(1), weight=self.weights.base)
+        here = batch.drafts(1)
+        said = adapted.laws_to_make(here) if self.heads.recompute else adapted.laws_at(here)
+        law = Objective().term(1, said, self.heads.laws(batch, 1), weight=self.weights.base)
         base = replace(law, name=BASE, alpha=None, hits=None, depth=0)
         # The first head weighs `decay` already, as published.
         weight = self.weights.of_heads(batch.row_numbers[0]) * objective.decay

@@ -6,6 +6,7 @@ x_{t+1} ... x_{t+1+k} and guesses x_{t+2+k}, which is the tree's depth k + 1.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -60,7 +61,8 @@ class SequentialTraining(HeadTraining):
             ahead = index + 2
             here = batch.drafts(ahead)[:, : guess.shape[1]]
             states = guess[here]
-            terms.append(objective.term(index + 1, head.logits(index, states, ends), batch.laws(ahead)))
+            logits = self.logits(states, partial(head.logits, index, ends=ends))
+            terms.append(objective.term(index + 1, logits, self.laws(batch, ahead)))
             if self.feature_weight:
                 terms.append(self._features(batch, states, ahead, objective))
         return terms
