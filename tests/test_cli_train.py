@@ -335,10 +335,12 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["medusa", "dflash"])
-def test_two_processes_agree_with_one_stop_together_and_go_on(folder: Path, tmp_path: Path, kind: str):
+@pytest.mark.parametrize(("kind", "more"), [("medusa", ()), ("dflash", ()), ("medusa", ("--gradient-checkpointing",))])
+def test_two_processes_agree_with_one_stop_together_and_go_on(
+    folder: Path, tmp_path: Path, kind: str, more: tuple[str, ...]
+):
     arguments = ("train", kind, folder / "target", folder / "whole/data", "--out", tmp_path / "run", *SMALL)
-    arguments = (*arguments, "--processes", 2, "--json", "--threads", 1, "--steps", 30, "--evaluate-every", 0)
+    arguments = (*arguments, "--processes", 2, "--json", "--threads", 1, "--steps", 30, "--evaluate-every", 0, *more)
     process = start(*arguments)
     assert process.stdout is not None
     for line in process.stdout:
@@ -362,12 +364,15 @@ def test_two_processes_agree_with_one_stop_together_and_go_on(folder: Path, tmp_
 
 
 @pytest.mark.slow
-def test_a_draft_model_in_shards_learns_what_it_learns_whole_and_goes_on(folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("more", [(), ("--gradient-checkpointing",)])
+def test_a_draft_model_in_shards_learns_what_it_learns_whole_and_goes_on(
+    folder: Path, tmp_path: Path, more: tuple[str, ...]
+):
     save(perturbed(make_target(num_hidden_layers=3, tie_word_embeddings=True, seed=4), 0.05), tmp_path / "draft")
     arguments = ("--from", tmp_path / "draft", "--rows-at-once", 1, "--steps", 40, "--evaluate-every", 20)
     finished(train(folder, tmp_path / "one", *arguments, kind="draft-model"))
     command = ("train", "draft-model", folder / "target", folder / "whole/data", "--out", tmp_path / "shards", *SMALL,
-               *arguments, "--processes", 2, "--fsdp", "--threads", 1, "--json")  # fmt: skip
+               *arguments, "--processes", 2, "--fsdp", "--threads", 1, "--json", *more)  # fmt: skip
     process = start(*command)
     assert process.stdout is not None
     for line in process.stdout:
