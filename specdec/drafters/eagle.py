@@ -14,7 +14,7 @@ target, V vocabulary, N tokens that the head can guess.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -172,9 +172,12 @@ class EagleDrafter:
             ends = [min(max(count - start, 0), part.shape[1]) for count in counts]
             hidden = self._context.extend(part, ends).hidden
             assert hidden is not None
-            rows = [row for row, end in enumerate(ends) if end]
-            last = last.clone()
-            last[rows] = hidden[rows, [ends[row] - 1 for row in rows]]
+            if min(ends) == part.shape[1]:  # as with one row, in every step
+                last = hidden[:, -1]
+            else:
+                rows = [row for row, end in enumerate(ends) if end]
+                last = last.clone()
+                last[rows] = hidden[rows, [ends[row] - 1 for row in rows]]
         return last
 
     def _run(self, frontier: Frontier, states: Tensor, sees: Tensor) -> Tensor:
@@ -258,6 +261,7 @@ class _HeadRunner:
 
     def __init__(self, head: EagleHead | Eagle3Head, target: Target) -> None:
         self.head = head
+        self._part: Any = cast(Any, head.layers[0]).self_attn.o_proj
         self.num_layers = head.config.num_layers
         self.window: int | None = head.config.sliding_window if isinstance(head, Eagle3Head) else None
         self.kinds: tuple[str, ...] = ("full_attention" if self.window is None else "sliding_attention",)
@@ -265,12 +269,12 @@ class _HeadRunner:
     @property
     def device(self) -> torch.device:
         """Where the head's weights are."""
-        return next(self.head.parameters()).device
+        return self._part.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the head's weights."""
-        return next(self.head.parameters()).dtype
+        return self._part.weight.dtype
 
     def forward(
         self,
