@@ -106,11 +106,10 @@ class DFlashTraining(HeadTraining):
         ]
         weights = self._position_weights(batch, blocks, logits)
         decay = published_decay(head.config.block_size) if self.weights == "decay" else 1.0
+        laws = (self.laws_at(batch, blocks.places(depth)) for depth in range(1, len(logits) + 1))
         return [
-            self._term(
-                objective, depth, drafted, self._laws(batch, blocks, depth), weights[depth - 1], decay ** (depth - 1)
-            )
-            for depth, drafted in enumerate(logits, start=1)
+            self._term(objective, depth, drafted, wanted, weights[depth - 1], decay ** (depth - 1))
+            for depth, (drafted, wanted) in enumerate(zip(logits, laws, strict=True), start=1)
         ]
 
     def _states(self, batch: TrainBatch, blocks: Blocks) -> Tensor:
@@ -139,11 +138,6 @@ class DFlashTraining(HeadTraining):
         """States [M', D] -> logits [M', V] as the drafter makes them: by the target's raw output matrix."""
         dtype = cast(Any, self.target.lm_head).weight.dtype
         return cast(DFlashHead, self.module).logits(states, lambda normed: self.target.lm_head(normed.to(dtype)))
-
-    def _laws(self, batch: TrainBatch, blocks: Blocks, depth: int) -> Tensor | Logits:
-        """The target's logits of the tokens of a depth, one for each block that counts there."""
-        places = blocks.places(depth)
-        return batch.laws_to_make(places) if self.recompute else batch.laws_at(places)
 
     def _position_weights(self, batch: TrainBatch, blocks: Blocks, logits: list[Tensor | Logits]) -> list[Tensor]:
         """K weights, one for each block that counts at a depth: what a block stands for, times D-PACE's if asked."""

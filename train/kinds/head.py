@@ -18,7 +18,7 @@ from specdec.errors import BadRecipe
 from specdec.formats import write
 from specdec.formats.checkpoint import HeadCheckpoint
 from specdec.target import Target
-from specdec.train.batch import TrainBatch
+from specdec.train.batch import Places, TrainBatch
 from specdec.train.logits import Logits
 from specdec.train.objective import Objective, Term
 
@@ -58,7 +58,10 @@ class HeadTraining(ABC):
 
     def laws(self, batch: TrainBatch, ahead: int) -> Tensor | Logits:
         """The target's logits at the M positions of `drafts(ahead)`, see `TrainBatch.laws`."""
-        places = batch.stands(ahead)
+        return self.laws_at(batch, batch.stands(ahead))
+
+    def laws_at(self, batch: TrainBatch, places: Places) -> Tensor | Logits:
+        """The logits of a batch that stand at these places."""
         return batch.laws_to_make(places) if self.recompute else batch.laws_at(places)
 
     def target_logits(self, hidden: Tensor) -> Tensor:

@@ -100,8 +100,7 @@ class Medusa2Training:
         """The base term at all supervised tokens, and one term for each head."""
         adapted = self._adapted(batch)
         assert adapted.logits is not None
-        here = batch.drafts(1)
-        said = adapted.laws_to_make(here) if self.heads.recompute else adapted.laws_at(here)
+        said = self.heads.laws_at(adapted, batch.drafts(1))
         law = Objective().term(1, said, self.heads.laws(batch, 1), weight=self.weights.base)
         base = replace(law, name=BASE, alpha=None, hits=None, depth=0)
         # The first head weighs `decay` already, as published.
