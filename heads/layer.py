@@ -416,7 +416,7 @@ class MLP(nn.Module):
     def _gated(self, states: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return self.down_proj(self.activation(self.gate_proj(states)) * self.up_proj(states))
-        gate, up = self._joined(states).chunk(2, -1)
+        gate, up = self._joined.apart(states)
         return self.down_proj(self.activation(gate) * up)
 
 

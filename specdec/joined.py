@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,18 +50,30 @@ class Joined:
     def __init__(self, owner: nn.Module, names: tuple[str, ...]) -> None:
         self._modules, self._names = owner._modules, names
         self._seen: tuple[_Seen, ...] = ()
+        self._sizes: list[int] = []
         self._weight = self._bias = None
 
     def __call__(self, states: Tensor) -> Tensor:
         """[..., in] -> [..., sum of out]."""
+        if self._is_joined():
+            return F.linear(states, self._weight, self._bias)  # type: ignore[arg-type]
+        return torch.cat([self._modules[name](states) for name in self._names], -1)  # type: ignore[misc]
+
+    def apart(self, states: Tensor) -> Sequence[Tensor]:
+        """[..., in] -> [..., out] of each part; large parts' outputs are not copied."""
+        if self._is_joined():
+            return F.linear(states, self._weight, self._bias).split(self._sizes, -1)  # type: ignore[arg-type]
+        return [self._modules[name](states) for name in self._names]  # type: ignore[misc]
+
+    def _is_joined(self) -> bool:
+        """Whether the parts are one matrix; makes it where they can be and it is missing or old."""
         if not self._is_current():
             parts: Any = [self._modules[name] for name in self._names]
             self._seen = ()
             if not all(map(_is_small_and_plain, parts)):
-                return torch.cat([part(states) for part in parts], -1)
+                return False
             self._join(parts)
-        assert self._weight is not None
-        return F.linear(states, self._weight, self._bias)
+        return True
 
     def _is_current(self) -> bool:
         modules = self._modules
@@ -73,6 +86,7 @@ class Joined:
         self._weight = torch.cat([part.weight.detach() for part in parts])
         has_bias = any(part.bias is not None for part in parts)
         self._bias = torch.cat([_bias_of(part) for part in parts]) if has_bias else None
+        self._sizes = [part.out_features for part in parts]
         self._seen = tuple(map(_Seen.of, parts))
 
 

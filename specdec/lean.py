@@ -103,7 +103,7 @@ class LeanLayer:
     def __call__(self, hidden: Tensor, cos_sin: CosSin, mask: Tensor | None, cache: Cache) -> Tensor:
         """hidden [B, Q, D] -> [B, Q, D]."""
         hidden = hidden + self._attend(self.norm(hidden), cos_sin, mask, cache)
-        gate, up = self.gate_and_up(self.norm_after(hidden)).chunk(2, -1)
+        gate, up = self.gate_and_up.apart(self.norm_after(hidden))
         return hidden + self.mlp.down_proj(self.mlp.act_fn(gate) * up)
 
     def _attend(self, states: Tensor, cos_sin: CosSin, mask: Tensor | None, cache: Cache) -> Tensor:

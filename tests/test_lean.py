@@ -331,3 +331,17 @@ def test_a_perturbed_draft_is_not_taken_for_its_model() -> None:
     """The comparison sees differences far smaller than those of another model."""
     ours, theirs = target_of(make_target(5)), target_of(perturbed(make_target(5), 0.003))
     assert not agrees(LeanModel(ours), theirs)
+
+
+@pytest.mark.parametrize("largest", [0, 1 << 18], ids=["each by itself", "joined"])
+def test_parts_come_apart_as_they_were(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
+    monkeypatch.setattr("specdec.joined.MOST_ELEMENTS", largest)
+    owner = torch.nn.ModuleDict({"a": torch.nn.Linear(6, 4), "b": torch.nn.Linear(6, 9, bias=False)})
+    joined, states = Joined(owner, ("a", "b")), torch.randn(2, 3, 6)
+    with torch.no_grad():
+        whole, parts = joined(states), joined.apart(states)
+        assert [part.shape[-1] for part in parts] == [4, 9]
+        for part, name in zip(parts, ("a", "b"), strict=True):
+            torch.testing.assert_close(part, owner[name](states))
+        torch.testing.assert_close(torch.cat(list(parts), -1), whole)
+    assert bool(joined._sizes) == (largest > 0)
