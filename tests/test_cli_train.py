@@ -432,23 +432,43 @@ def kill_one_of(process: subprocess.Popen[str]) -> None:
 
 
 def one_of(process: subprocess.Popen[str]) -> int:
-    """The id of one process of the run."""
-    found = subprocess.run(["pgrep", "-f", "train_process"], capture_output=True, text=True, check=True).stdout.split()
-    return max(pid for pid in map(int, found) if descends(pid, process.pid))
+    """The id of one process of the run, not of the agent that starts them."""
+    command = ["pgrep", "-a", "-f", "train_process"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    workers = [int(line.split()[0]) for line in found if "torch.distributed.run" not in line]
+    return next(pid for pid in workers if descends(pid, process.pid))
 
 
 def interrupt_within_a_step(process: subprocess.Popen[str]) -> None:
-    """Ctrl-C that reaches the processes before they finish another step: one of them stands still until it is there."""
+    """Ctrl-C that reaches the processes before they finish another step: one of them stands still until it is there.
+
+    A process takes the signals that wait for it by number: SIGTERM (15) overtakes a SIGSTOP (19) where a busy machine
+    lets it run between neither. It has to stand before it is sent any other, or that one is never seen to wait.
+    """
     worker = one_of(process)
     os.kill(worker, signal.SIGSTOP)
     try:
+        wait_until(lambda: stands_still(worker), "the process stands still")
         process.send_signal(signal.SIGINT)
-        until = time.monotonic() + 60
-        while not is_pending(worker, signal.SIGTERM):
-            assert time.monotonic() < until, "the command passes the signal on"
-            time.sleep(0.01)
+        wait_until(lambda: is_pending(worker, signal.SIGTERM), "the command passes the signal on")
     finally:
         os.kill(worker, signal.SIGCONT)
+
+
+def wait_until(holds: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, f"not within {seconds:g} s: {what}"
+        time.sleep(0.01)
+
+
+def stands_still(pid: int) -> bool:
+    """Whether every thread of a process has stopped."""
+    try:
+        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except OSError:  # a thread that has just ended
+        return False
+    return {stat.rpartition(")")[2].split()[0] for stat in stats} == {"T"}
 
 
 def is_pending(pid: int, number: signal.Signals) -> bool:
