@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,25 @@ def test_help_of_every_command_has_an_example(command: str):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"Example: specdec {command}" in " ".join(result.stdout.split())
+
+
+def commands_below(command: Any, *path: str) -> Iterator[tuple[str, ...]]:
+    """The words that lead to every command that takes options of its own."""
+    if not hasattr(command, "commands"):
+        yield path
+        return
+    for name, below in command.commands.items():
+        yield from commands_below(below, *path, name)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_leaves_nothing_out_in_a_terminal_of_80_columns(command: str, monkeypatch: pytest.MonkeyPatch):
+    """Names of options, their values and words that are too long for their column would end in dots."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for path in commands_below(command_named(command), command):
+        shown = run(*path, "--help").stdout
+        assert "Options" in shown
+        assert "…" not in shown, (path, [line for line in shown.splitlines() if "…" in line])
 
 
 # --- generate ------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from specdec.cli.options import DRAFTER_HELP, within
+from specdec.cli.options import DRAFTER_HELP, ON_OR_OFF, within
 
 
 class HistoryOf(StrEnum):
@@ -66,8 +66,18 @@ AgainstItself = Annotated[
 Template = Annotated[str, typer.Option(help="Chat template: auto (the tokenizer's), raw for none, a file, or Jinja.")]
 System = Annotated[str | None, typer.Option(help="System message.", show_default=False)]
 Optimize = Annotated[
-    bool, typer.Option("--optimize/--no-optimize", help="Call specdec.optimize(model), for all methods alike.")
+    bool,
+    typer.Option(
+        "--optimize/--no-optimize",
+        help="Call specdec.optimize(model), for all methods alike.",
+        rich_help_panel=ON_OR_OFF,
+    ),
 ]
 Phases = Annotated[
-    bool, typer.Option("--phases/--no-phases", help="Time drafting, verification and acceptance of each step.")
+    bool,
+    typer.Option(
+        "--phases/--no-phases",
+        help="Time drafting, verification and acceptance of each step.",
+        rich_help_panel=ON_OR_OFF,
+    ),
 ]

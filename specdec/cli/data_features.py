@@ -13,7 +13,7 @@ import typer
 from specdec.api import target_of
 from specdec.cli.console import FAILURE, out
 from specdec.cli.model import dtype_of, load_model
-from specdec.cli.options import Device, Dtype, DtypeOption, Json, Threads, within
+from specdec.cli.options import ON_OR_OFF, Device, Dtype, DtypeOption, Json, Threads, within
 from specdec.cli.progress import counting
 from specdec.errors import SpecdecError
 from specdec.target import BEFORE_NORM, Target
@@ -35,7 +35,9 @@ Taps = Annotated[
 Kind = Annotated[str | None, typer.Option(help="Instead of taps: what this kind of drafter reads.", show_default=False)]
 RowLength = Annotated[int, typer.Option(callback=within(4), help="Of the training recipe: documents are cut there.")]
 RowsAtOnce = Annotated[int, typer.Option(callback=within(1), help="Rows of one forward.")]
-Packed = Annotated[bool, typer.Option("--packed/--no-packed", help="Compute several documents in one row.")]
+Packed = Annotated[
+    bool, typer.Option("--packed/--no-packed", help="Compute several documents in one row.", rich_help_panel=ON_OR_OFF)
+]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before writing.")]
 
 

@@ -21,7 +21,7 @@ from specdec.cli.data_options import (
     template_of,
 )
 from specdec.cli.model import load_tokenizer, locate
-from specdec.cli.options import Json, within
+from specdec.cli.options import ON_OR_OFF, Json, within
 from specdec.cli.progress import counting
 from specdec.train.encoding import Encoder
 from specdec.train.prepare import Prepared
@@ -33,7 +33,10 @@ OutFolder = Annotated[
 Holdout = Annotated[float, typer.Option(callback=within(0, 0.9), help="Share of rows held out for validation.")]
 Seed = Annotated[int, typer.Option(help="Decides which rows are held out.")]
 EndOfText = Annotated[
-    bool, typer.Option("--end-of-text/--no-end-of-text", help="Learn where plain texts and completions end.")
+    bool,
+    typer.Option(
+        "--end-of-text/--no-end-of-text", help="Learn where plain texts and completions end.", rich_help_panel=ON_OR_OFF
+    ),
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Pass over rows that cannot be used, and count them.")]
 

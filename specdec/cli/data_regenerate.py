@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specdec.cli.console import FAILURE, INTERRUPTED, note, out
 from specdec.cli.data_options import Limit, Sources, Split, TemplateFile, TemplateOptions, template_of
 from specdec.cli.model import dtype_of, load_model, load_tokenizer
-from specdec.cli.options import Device, DrafterOrNone, Dtype, DtypeOption, Json, Threads, within
+from specdec.cli.options import ON_OR_OFF, Device, DrafterOrNone, Dtype, DtypeOption, Json, Threads, within
 from specdec.cli.progress import counting
 from specdec.train.chat_template import ChatTemplate
 from specdec.train.encoding import Encoder
@@ -61,7 +61,7 @@ Chat = Annotated[
     bool | None,
     typer.Option(
         "--chat/--no-chat", help="Whether a prompt column holds questions; by default when the target has a chat "
-        "template.", show_default=False,
+        "template.", rich_help_panel=ON_OR_OFF, show_default=False,
     ),
 ]  # fmt: skip
 Seed = Annotated[int, typer.Option(help="Of temperatures and draws.")]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specdec import optimize as optimized
 from specdec.cli.console import FAILURE, out
 from specdec.cli.model import load_model, load_tokenizer, tokens_within_limit
-from specdec.cli.options import DRAFTER_HELP, Json, MaxNewTokens, Prompt, PromptFile, within
+from specdec.cli.options import DRAFTER_HELP, ON_OR_OFF, Json, MaxNewTokens, Prompt, PromptFile, within
 from specdec.cli.recording import Recording, Side, choose_threads, compare
 from specdec.cli.replay import Panel, print_once, replay
 from specdec.cli.text import prompt_ids, read_prompt, text_pieces
@@ -42,7 +42,12 @@ Example = Annotated[
 ]
 Repeats = Annotated[int, typer.Option(callback=within(1), help="Timed runs of each side; the median one is shown.")]
 Optimize = Annotated[
-    bool, typer.Option("--optimize/--no-optimize", help="Call specdec.optimize(model), for both sides alike.")
+    bool,
+    typer.Option(
+        "--optimize/--no-optimize",
+        help="Call specdec.optimize(model), for both sides alike.",
+        rich_help_panel=ON_OR_OFF,
+    ),
 ]
 SlowMotion = Annotated[float, typer.Option(callback=within(0.1), help="Show the recordings this many times slower.")]
 Threads = Annotated[

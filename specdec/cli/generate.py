@@ -15,6 +15,7 @@ from specdec.api import generate as generate_ids
 from specdec.cli.console import note
 from specdec.cli.model import dtype_of, load_model, load_tokenizer, tokens_within_limit
 from specdec.cli.options import (
+    ON_OR_OFF,
     Device,
     DrafterOrNone,
     Dtype,
@@ -47,8 +48,11 @@ Seed = Annotated[int | None, typer.Option(help="Makes drawing repeatable.", show
 Continuations = Annotated[int, typer.Option(callback=within(1), help="Continuations of the same prompt.")]
 Chat = Annotated[
     bool | None,
-    typer.Option("--chat/--no-chat", help="Use the chat template; by default when there is one.", show_default=False),
-]
+    typer.Option(
+        "--chat/--no-chat", help="Use the chat template; by default when there is one.", rich_help_panel=ON_OR_OFF,
+        show_default=False,
+    ),
+]  # fmt: skip
 Stats = Annotated[bool, typer.Option("--stats", help="Print tau, speed and acceptance on stderr.")]
 
 

@@ -12,6 +12,9 @@ import typer
 
 from specdec.drafters.load import WORDS
 
+MACHINE, ON_OR_OFF = "Machine", "On or off"
+"""Panels of the help. Options with an opposite have one, where both names do not narrow the texts of all others."""
+
 DRAFTER_HELP = (
     f"What proposes: {', '.join(sorted(WORDS))}, with options as in [bold]lookup:ngram=3[/bold]; "
     "a model directory; or a drafter directory."
@@ -63,8 +66,22 @@ MaxNewTokens = Annotated[
 Temperature = Annotated[float, typer.Option(callback=within(0), help="0 takes the most probable token; above 0 draws.")]
 Threads = Annotated[
     int | None,
-    typer.Option("--threads", callback=within(1), help="CPU threads; as many as torch chooses.", show_default=False),
+    typer.Option(
+        "--threads", callback=within(1), help="CPU threads; as many as torch chooses.", rich_help_panel=MACHINE,
+        show_default=False,
+    ),
+]  # fmt: skip
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", help="cpu, cuda, cuda:1, ...; auto takes a GPU when there is one.", rich_help_panel=MACHINE
+    ),
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...; auto takes a GPU when there is one.")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Number format; auto is the checkpoint's own.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype", metavar="FORMAT", help=f"Of weights: {', '.join(Dtype)}; auto is the checkpoint's own.",
+        rich_help_panel=MACHINE,
+    ),
+]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from specdec.cli.options import within
+from specdec.cli.options import MACHINE, ON_OR_OFF, within
 from specdec.train.on_policy import TEXTS
 from specdec.train.recipe import DEFAULTS
 
@@ -45,7 +45,10 @@ RowsAtOnce = Annotated[
 RowLength = Annotated[int | None, typer.Option(help="Tokens of a row.", show_default=False)]
 Seed = Annotated[int | None, typer.Option(help="Of fresh weights, data order and noise.", show_default=False)]
 Bf16 = Annotated[
-    bool | None, typer.Option("--bf16/--no-bf16", help="Autocast; weights stay in float32.", show_default=False)
+    bool | None,
+    typer.Option(
+        "--bf16/--no-bf16", help="Autocast; weights stay in float32.", rich_help_panel=ON_OR_OFF, show_default=False
+    ),
 ]
 SaveEvery = Annotated[
     int | None, typer.Option(help="Steps between checkpoints; requests with --online.", show_default=False)
@@ -73,13 +76,19 @@ BeginFrom = Annotated[
 Fresh = Annotated[bool, typer.Option("--fresh", help="Refuse an --out that holds checkpoints.")]
 GradientCheckpointing = Annotated[
     bool,
-    typer.Option("--gradient-checkpointing", help="Make logits and states again instead of keeping them: less memory."),
-]
-Processes = Annotated[int, typer.Option(callback=within(1), help="Processes on this machine.")]
+    typer.Option(
+        "--gradient-checkpointing", help="Make logits and states again instead of keeping them: less memory.",
+        rich_help_panel=MACHINE,
+    ),
+]  # fmt: skip
+Processes = Annotated[int, typer.Option(callback=within(1), help="Processes on this machine.", rich_help_panel=MACHINE)]
 Fsdp = Annotated[
     bool | None,
-    typer.Option("--fsdp/--no-fsdp", help="Share weights, gradients and moments among processes.", show_default=False),
-]
+    typer.Option(
+        "--fsdp/--no-fsdp", help="Share weights, gradients and moments among processes.", rich_help_panel=ON_OR_OFF,
+        show_default=False,
+    ),
+]  # fmt: skip
 ReportTo = Annotated[
     list[str] | None, typer.Option(help="Also report to tensorboard, wandb or trackio.", show_default=False)
 ]
@@ -168,8 +177,8 @@ MaxNewTokens = Annotated[
 Chat = Annotated[
     bool | None,
     typer.Option(
-        "--chat/--no-chat", help="Whether prompts are questions for the target's chat template.",
-        rich_help_panel=ONLINE, show_default=False,
+        "--chat/--no-chat", help="With --online, whether prompts are questions for the target's chat template.",
+        rich_help_panel=ON_OR_OFF, show_default=False,
     ),
 ]  # fmt: skip
 LearnEvery = Annotated[

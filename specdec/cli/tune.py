@@ -17,6 +17,7 @@ from specdec.cli.console import out
 from specdec.cli.model import load_for_timing
 from specdec.cli.options import (
     DRAFTER_HELP,
+    ON_OR_OFF,
     Device,
     Dtype,
     DtypeOption,
@@ -69,9 +70,14 @@ Grid = Annotated[
     bool, typer.Option("--grid", help="Also race every setting there is and rank the choice among them. Slow.")
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Measure costs also where kept ones still hold.")]
-Write = Annotated[bool, typer.Option("--write/--dry-run", help="Keep the choice, or only print it.")]
+Write = Annotated[
+    bool, typer.Option("--write/--dry-run", help="Keep the choice, or only print it.", rich_help_panel=ON_OR_OFF)
+]
 Optimize = Annotated[
-    bool, typer.Option("--optimize/--no-optimize", help="Call specdec.optimize(model), as bench does.")
+    bool,
+    typer.Option(
+        "--optimize/--no-optimize", help="Call specdec.optimize(model), as bench does.", rich_help_panel=ON_OR_OFF
+    ),
 ]
 
 
