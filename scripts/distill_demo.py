@@ -1,6 +1,6 @@
 """Distil the demo draft model: four divergences on three sources of text, measured before and after.
 
-    python scripts/distill_demo.py                                  # about half an hour on two idle cores
+    python scripts/distill_demo.py                                  # one to two hours on one core
     python scripts/distill_demo.py --steps 5 --prompts 2 --work build/try       # does it run?
     python scripts/distill_demo.py --only jsd:0.5/draft             # one cell
     python scripts/distill_demo.py --markdown docs/benchmarks/FILE.md           # the table of what has been measured

@@ -154,7 +154,7 @@ def require_peft() -> Any:
     try:
         return importlib.import_module("peft")
     except ImportError as error:
-        raise BadRecipe("adapters on the target need the package peft: pip install 'specdec[peft]'") from error
+        raise BadRecipe("adapters on the target need the package peft: pip install peft") from error
 
 
 def adapted_names(target: Target, ends: list[str]) -> list[str]:
