@@ -134,8 +134,11 @@ class CloverHead(nn.Module):
         return (ends.lm_head if self.lm_head is None else self.lm_head)(hidden)
 
     @torch.no_grad()
-    def begin_as(self, lm_head_weight: Tensor) -> None:
-        """For training from scratch: table and LM head begin as copies of the target's LM head, [V, D]."""
-        self.embed_tokens.weight.copy_(lm_head_weight)
+    def begin_as(self, table: Tensor, lm_head_weight: Tensor) -> None:
+        """For training from scratch: the table of tokens and the LM head begin as copies of these, [V, D].
+
+        Both are the target's LM head; the second holds the factor that some families multiply their logits with.
+        """
+        self.embed_tokens.weight.copy_(table)
         if self.lm_head is not None:
             self.lm_head.weight.copy_(lm_head_weight)

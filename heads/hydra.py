@@ -161,6 +161,8 @@ class HydraHead(nn.Module):
 
     @torch.no_grad()
     def begin_as(self, lm_head_weight: Tensor) -> None:
-        """For training from scratch: every head's LM head begins as a copy of the target's, [V, D]."""
+        """For training from scratch: every head's LM head begins as a copy of the target's, [V, D], without a bias."""
         for head in self.heads:
-            cast(nn.Linear, head.lm_head).weight.copy_(lm_head_weight)
+            lm_head = cast(nn.Linear, head.lm_head)
+            lm_head.weight.copy_(lm_head_weight)
+            lm_head.bias.zero_()

@@ -122,6 +122,13 @@ class Target:
         """The module that turns normed states into logits, before any scaling that the family adds."""
         return cast(nn.Module, self.model.get_output_embeddings())
 
+    @property
+    def logit_weight(self) -> Tensor:
+        """[V, D]: the output matrix with the family's factor or divisor in it, for heads that begin as its copies."""
+        weight = cast(Tensor, self.lm_head.weight)
+        scale, divisor, _ = self._scaling
+        return weight if scale is None and divisor is None else weight * (scale or 1) / (divisor or 1)
+
     def logits_of(self, states: Tensor) -> Tensor:
         """Logits [..., V] of states [..., D] after the final norm, with the scale or cap that some families add."""
         logits = self.lm_head(states)

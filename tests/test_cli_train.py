@@ -191,7 +191,7 @@ def test_a_draft_model_is_distilled_by_the_same_command(folder: Path, tmp_path: 
     assert isinstance(load_drafter(tmp_path / "run", model), DraftModelDrafter)
     failed(train(folder, tmp_path / "none", kind="draft-model"), 1, "draft")
     result = train(folder, tmp_path / "none", *begin, "--features", tmp_path, kind="draft-model")
-    failed(result, 1, "leave --features out")
+    failed(result, 2, "leave --features out")
 
 
 def test_prompts_of_a_file_are_decoded_instead_of_held_out_ones(folder: Path, tmp_path: Path):

@@ -26,6 +26,7 @@ torch.set_num_threads(1)
 SMALL = ("--steps", 3, "--row-length", 32, "--batch-rows", 2, "--save-every", 1, "--evaluate-every", 0,
          "--set", "data.validation_tokens=4", "--set", "data.validation_prompts=1", "--device", "cpu")  # fmt: skip
 SIZES = ("--from-scratch", "--layers", 2, "--width", 16)
+CUT = ("--cut-from", "target", "--layers", 2)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,18 @@ def test_stages_have_settings_of_their_own(folder: Path, tmp_path: Path) -> None
         (("--share", 0.1), 2, "--share belongs to --from-scratch"),
         (("--from-scratch", "--from", "x"), 2, "--from and --from-scratch are two ways to begin"),
         (("--layers", 2, "--from", "x"), 2, "--layers belongs to --cut-from or --from-scratch"),
+        (
+            ("--from", "x", "--set", 'head.draft="scratch"'),
+            2,
+            '--from and head.draft = "scratch" are two ways to begin',
+        ),
+        ((*SIZES, "--features", "x"), 2, "a draft model reads no hidden states of the target; leave --features out"),
+        ((*SIZES, "--set", "data.written_from=0.5"), 2, "leave data.written_from out"),
+        ((*SIZES, "--set", "head.options.dept=3"), 2, "draft-model has no option 'dept'; it has depth, budget"),
+        ((*CUT, "--set", "head.options.dept=3"), 2, "draft-model has no option 'dept'; it has depth, budget"),
+        ((*CUT, "--set", "head.options.depth=0"), 2, "[head] options {'depth': 0}: "),
+        ((*CUT, "--set", "head.options.depth=deep"), 2, "[head] options {'depth': 'deep'}: "),
+        ((*CUT, "--set", "head.options.grow=wild"), 2, "there is no growth 'wild'"),
         (("--cut-from", "target"), 2, "--cut-from needs a size to cut to"),
         (("--cut-from", "target", "--layers", 9), 1, "num_layers of a cut is at most the model's 4, got 9"),
         (("--from", "x", "--text", "mine"), 2, "no text 'mine' to learn from; there are fixed, target, draft, mixture"),
@@ -162,6 +175,13 @@ def test_what_a_draft_model_cannot_be_made_of_is_one_line(
 ) -> None:
     failed(train(folder, tmp_path / "run", *more), status, words)
     assert not (tmp_path / "run" / "recipe.json").exists()
+    assert not (tmp_path / "run" / "start").exists()
+
+
+def test_weights_to_begin_with_are_refused_where_the_recipe_s_file_begins_fresh(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "fresh.toml").write_text('[head]\ndraft = "scratch"\n')
+    more = ("--from", folder / "draft", "--recipe", tmp_path / "fresh.toml")
+    failed(train(folder, tmp_path / "run", *more), 2, '--from and head.draft = "scratch" are two ways to begin')
 
 
 def test_options_of_draft_models_are_refused_for_heads(folder: Path, tmp_path: Path) -> None:
@@ -186,6 +206,18 @@ def test_a_model_is_cut_out_of_the_target_by_one_option(folder: Path, tmp_path: 
     assert other["recipe"]["head"] == {"draft": str(folder / "draft"), "cut": {"num_layers": 3}}
 
 
+@pytest.mark.parametrize("more", [(), ("--fresh",)])
+def test_a_start_that_was_refused_leaves_no_cut_of_other_sizes_to_the_next(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[object, ...]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("specdec.train.job.checkpoint_bytes", lambda trainable: 1 << 60)
+        failed(train(folder, tmp_path / "run", *CUT), 1, "MB free, one checkpoint takes")
+    finished(train(folder, tmp_path / "run", "--cut-from", "target", "--layers", 3, "--steps", 1, *more))
+    config = json.loads((tmp_path / "run" / "drafter" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 3
+
+
 def test_options_stand_for_settings_of_the_recipe(folder: Path, tmp_path: Path) -> None:
     begin = ("--from", folder / "draft")
     made = plan(folder, tmp_path / "run", *begin, "--text", "mixture", "--divergence", "jsd:0.5", "--keep-share", 0.4)
@@ -207,6 +239,39 @@ def test_the_filter_s_reference_is_seen_while_it_is_distilled_and_stops_alike(
     assert "stage 1 of 2, reference" in rest.stderr
     assert "stage 2 of 2, draft" in rest.stderr
     assert steps(tmp_path / "run" / "reference") == steps(tmp_path / "run") == [1, 2]
+
+
+def test_the_reference_of_a_fresh_model_is_a_stage_that_is_seen_and_stops_alike(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "nobody's")
+    out, push = tmp_path / "run", ("--push-to-hub", "nobody/nothing")
+    command = (*SIZES, "--keep-share", 0.4, "--steps", 2)
+    for step in (1, 2):  # the last step of the reference, too: its drafter is not the one to push
+        with monkeypatch.context() as patch:
+            at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            stopped = finished(train(folder, out, *command, *push))
+        assert f"after step {step} of 2 of stage align/reference; the same command goes on" in stopped.stderr
+        assert os.readlink(out / "drafter") == "align/reference/drafter"
+        assert (out / "drafter" / "config.json").is_file()
+        assert not (out / "align" / "latest").exists()
+    starts = json.loads((out / "align" / "reference" / "run.json").read_text())["starts"]
+    assert [start["after_step"] for start in starts] == [0, 1]
+    rest = finished(train(folder, out, *command))
+    assert "stage 2 of 2, align: 2 steps" in rest.stderr
+    assert os.readlink(out / "drafter") == "align/drafter"
+    assert steps(out / "align" / "reference") == steps(out / "align") == [1, 2]
+
+
+def test_a_stage_says_its_place_among_stages_and_their_references(folder: Path, tmp_path: Path) -> None:
+    more = ("--pretrain", folder / "texts.jsonl", "--keep-share", 0.4, "--steps", 1, "--json")
+    result = finished(train(folder, tmp_path / "run", *SIZES, *more))
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    names = ["pretrain", "align/reference", "align"]
+    assert [event["stage"] for event in events if event["event"] == "step"] == names
+    told = [event["text"] for event in events if event["event"] == "stage"]
+    assert [text.split(": ")[0] for text in told] == [f"stage {n} of 3, {names[n - 1]}" for n in (1, 2, 3)]
+    assert (events[-1]["stage"], events[-1]["stopped"]) == ("align", False)
 
 
 def test_a_job_with_stages_reaches_other_processes_whole() -> None:

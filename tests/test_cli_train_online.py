@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from specdec.drafters.load import load_drafter
 from specdec.drafters.medusa import MedusaDrafter
+from specdec.train.learner import Learner
 from tests.test_cli_train import failed, finished, run, save
 from tests.tiny import make_target, perturbed
 
@@ -250,6 +251,19 @@ def test_learning_in_the_background_ends_saved(folder: Path, tmp_path: Path) -> 
     assert state["updates"] >= 1
 
 
+def test_what_goes_wrong_in_the_background_is_not_told_as_a_full_disk(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(_learner: Learner, _plan: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Learner, "update", update)
+    result = online(folder, tmp_path / "run", "--background", "--save-every", 1)
+    assert result.exit_code == 1
+    assert "CUDA error" in f"{result.exception}{result.output}"
+    assert "Make room" not in f"{result.exception}{result.output}"
+
+
 # --- What a user can do wrong --------------------------------------------------------------------------
 
 
@@ -265,11 +279,14 @@ def test_learning_in_the_background_ends_saved(folder: Path, tmp_path: Path) -> 
         (("--set", "online.keep=oldest"), "keeps newest or reservoir"),
         (("--divergence", "klx"), "no divergence 'klx'"),
         (("--replay-share", 2), "replay_share is at least 0 and below 1"),
+        (("--push-to-hub", "drafter"), "OWNER/NAME, got 'drafter'"),
+        (("--push-to-hub", "nobody/nothing"), "pushing to the hub needs a token"),
     ],
 )
 def test_a_wrong_command_line_is_wrong_usage(
-    folder: Path, tmp_path: Path, more: tuple[object, ...], words: str
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[object, ...], words: str
 ) -> None:
+    monkeypatch.setattr("specdec.train.publish.get_token", lambda: None)
     failed(online(folder, tmp_path / "run", *more), 2, words)
     assert not (tmp_path / "run").exists()
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.train.logits import Logits
-from specdec.train.order import Piece, Row, derived_seed
+from specdec.train.order import Order, Piece, Row, derived_seed, pieces_of
 
 PADDING = -1
 """`documents` of columns that hold no token."""
@@ -38,6 +38,28 @@ class Documents(Protocol):
     def piece(self, piece: Piece) -> Document:
         """Tokens [start, stop) of one document."""
         ...
+
+    def supervised(self, piece: Piece) -> Tensor:
+        """Bool [stop - start]: which of them are supervised. Reads nothing else."""
+        ...
+
+
+def order_of(documents: Documents, row_length: int, seed: int, *, packed: bool = True) -> Order:
+    """The order in which documents are learned from, without pieces of long ones that hold a prompt alone.
+
+    Such a piece would cost a forward, and a step of nothing else has no loss.
+
+    Raises:
+        BadData: nothing is left.
+    """
+    silent = [
+        piece
+        for document, length in enumerate(documents.lengths)
+        if length > row_length
+        for piece in pieces_of(document, length, row_length)
+        if not documents.supervised(piece)[1:].any()
+    ]
+    return Order(documents.lengths, row_length, seed, packed=packed, silent=frozenset(silent))
 
 
 @dataclass(frozen=True)
@@ -102,13 +124,13 @@ class TrainBatch:
     def stands(self, ahead: int) -> Tensor:
         """Bool [R, S]: where the target's own laws of the tokens of `drafts(ahead)` stand, in the same order."""
         stands = torch.zeros_like(self.supervised)
-        stands[:, ahead - 1 :] = self.drafts(ahead)[:, : self.ids.shape[1] - ahead + 1]
+        stands[:, ahead - 1 :] = self.drafts(ahead)[:, : max(self.ids.shape[1] - ahead + 1, 0)]
         return stands
 
     def tokens(self, ahead: int) -> Tensor:
         """Token t + ahead [M] at the M positions t of `drafts(ahead)`."""
         stands = torch.zeros_like(self.supervised)
-        stands[:, ahead:] = self.drafts(ahead)[:, : self.ids.shape[1] - ahead]
+        stands[:, ahead:] = self.drafts(ahead)[:, : max(self.ids.shape[1] - ahead, 0)]
         return self.ids[stands]
 
     def generator(self, row: int, purpose: str) -> torch.Generator:

@@ -7,6 +7,9 @@ template that marks answers itself (`{% generation %}`) is believed.
 Templates of reasoning models drop old thinking as soon as another turn follows. What the target really read before
 its third answer then is no prefix of the whole conversation: such conversations become one row for each answer, each
 with the history as the target saw it.
+
+Templates differ in whether they read content that is a list of parts, by role. That is asked of them, too: where a
+list is printed as it is, refused or dropped, text parts are joined beforehand.
 """
 
 from __future__ import annotations
@@ -23,6 +26,15 @@ from transformers import PreTrainedTokenizerBase
 
 from specdec.errors import BadData
 from specdec.train.example import Conversation, Message
+
+_PROBE = "probed"
+"""Text that is looked for in what a template renders."""
+
+_PROBED_AMONG = {
+    "system": ("system", "user"), "developer": ("developer", "user"), "assistant": ("user", "assistant"),
+    "tool": ("user", "assistant", "tool"),
+}  # fmt: skip
+"""The shortest conversation with a message of a role, where one alone is none."""
 
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -68,6 +80,7 @@ class ChatTemplate:
         self.today = today or datetime.now()
         self._dated = _with_date(self.text, self.today)
         self._specials = _special_texts(tokenizer)
+        self._reads: dict[str, bool] = {}
 
     @property
     def sha256(self) -> str:
@@ -78,9 +91,9 @@ class ChatTemplate:
         """The text of messages; `ask` adds the opening of the next answer.
 
         Raises:
-            BadData: the template refuses these messages.
+            BadData: the template refuses these messages, or they hold what no tokenizer reads.
         """
-        return self._apply(messages, tools, tokenize=False, add_generation_prompt=ask)
+        return readable(self._apply(messages, tools, tokenize=False, add_generation_prompt=ask))
 
     def rows(self, conversation: Conversation) -> list[Rendered]:
         """The conversation as one row, or as one for each answer where the template rewrites history.
@@ -88,14 +101,10 @@ class ChatTemplate:
         Raises:
             BadData: the template refuses it, or renders a history differently once the answer follows.
         """
-        answers = [
-            number
-            for number, message in enumerate(conversation.messages)
-            if message["role"] == "assistant" and number >= conversation.first
-        ]
+        answers = conversation.answers
         turns = [self._turn(conversation, number) for number in answers]
         whole = turns[-1].text
-        if all(whole.startswith(turn.text) for turn in turns):
+        if all(whole.startswith(turn.text[: turn.spans[-1][1]]) for turn in turns):
             answers, turns = answers[-1:], [Rendered(whole, tuple(span for turn in turns for span in turn.spans))]
         if not self.marks_answers:
             return turns
@@ -104,17 +113,17 @@ class ChatTemplate:
     def _turn(self, conversation: Conversation, number: int) -> Rendered:
         """Everything up to one answer, of which the answer is supervised."""
         history, tools = conversation.messages[:number], conversation.tools
-        text = self.render(conversation.messages[: number + 1], tools)
+        message = conversation.messages[number]
+        text = self.render((*history, message), tools)
         start = self._start(text, history, tools)
-        end = self._end(text, start)
         if number in conversation.cut:
-            end = _end_of_content(text, start, end, conversation.messages[number])
+            end = self._end_of_said(text, start, history, message, tools)
+        else:
+            end = self._end(text, start, (*history, message), tools)
         return Rendered(text, ((start, end),))
 
     def _start(self, text: str, history: tuple[Message, ...], tools: tuple[Any, ...]) -> int:
         """Where the answer begins: behind what the target is given to open it with."""
-        if not history:
-            return 0
         asked = self.render(history, tools, ask=True)
         if text.startswith(asked):
             return len(asked)
@@ -128,10 +137,32 @@ class ChatTemplate:
             )
         return max(len(plain), _common(asked, text))
 
-    def _end(self, text: str, start: int) -> int:
-        """White space behind the end-of-turn token is the template's: the target stops before it."""
-        end = start + len(text[start:].rstrip())
-        return end if text[start:end].endswith(self._specials) else len(text)
+    def _end(self, text: str, start: int, messages: tuple[Message, ...], tools: tuple[Any, ...]) -> int:
+        """Where the target stops: at the end-of-turn token, without what the template puts behind it.
+
+        That is white space; or a token that closes the text, and is not there when another answer is asked for.
+        """
+        end = self._end_of_special(text, start, len(text))
+        if end is None:
+            return len(text)
+        closing = max(len(special) for special in self._specials if text[:end].endswith(special))
+        before = self._end_of_special(text, start, end - closing)
+        if before is None or self.render(messages, tools, ask=True).startswith(text[:end]):
+            return end
+        return before
+
+    def _end_of_special(self, text: str, start: int, stop: int) -> int | None:
+        """Where text[start:stop] ends but for white space, if that is with a special token."""
+        end = start + len(text[start:stop].rstrip())
+        return end if text[start:end].endswith(self._specials) else None
+
+    def _end_of_said(
+        self, text: str, start: int, history: tuple[Message, ...], message: Message, tools: tuple[Any, ...]
+    ) -> int:
+        """The end of what the message says: where more of it would stand. Where that is not to be seen, the start."""
+        longer = self.render((*history, _longer(message)), tools)
+        end = longer.find(_PROBE, start)
+        return end if end >= 0 and text[:end] == longer[:end] else start
 
     def _marked(self, row: Rendered, conversation: Conversation, last: int) -> Rendered:
         """With the template's own marks of the row that ends in message `last`."""
@@ -144,9 +175,34 @@ class ChatTemplate:
         return Rendered(row.text, row.spans, tuple(bool(mark) for mark in encoded["assistant_masks"]))
 
     def _apply(self, messages: tuple[Message, ...], tools: tuple[Any, ...], **how: Any) -> Any:
+        return self._applied([self._joined(message) for message in messages], tools, **how)
+
+    def _joined(self, message: Message) -> Message:
+        """With content that the template reads: parts one behind the other, where it reads no list."""
+        content, role = message.get("content"), message["role"]
+        if not isinstance(content, list) or self._reads_parts(role):
+            return message
+        if not all(map(_is_text, content)):
+            raise BadData(f"the chat template reads no list as content of the role {role}, and not all parts are text")
+        return {**message, "content": "".join(part["text"] for part in content)}
+
+    def _reads_parts(self, role: str) -> bool:
+        """Whether the template writes the text of parts, and does not drop them or print the list as it is."""
+        if role not in self._reads:
+            parts = [{"type": "text", "text": f"{_PROBE}{number}"} for number in range(2)]
+            messages = [{"role": name, "content": parts} for name in _PROBED_AMONG.get(role, (role,))]
+            try:
+                text = self._applied(messages, (), tokenize=False, add_generation_prompt=False)
+            except BadData:
+                text = ""
+            written = [len(re.findall(rf"(?<!['\"]){part['text']}(?!['\"])", text)) for part in parts]
+            self._reads[role] = min(written) == len(messages)
+        return self._reads[role]
+
+    def _applied(self, messages: list[Message], tools: tuple[Any, ...], **how: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages),
+                messages,
                 tools=list(tools) or None,
                 chat_template=self._dated,
                 **how,
@@ -156,6 +212,20 @@ class ChatTemplate:
             roles = ", ".join(message["role"] for message in messages)
             reason = " ".join(str(error).split())[:200]
             raise BadData(f"the chat template refuses messages of the roles {roles or '(none)'}: {reason}") from error
+
+
+def readable(text: str) -> str:
+    """The text itself.
+
+    Raises:
+        BadData: it holds half a character, as JSON can spell it (\\ud83d); tokenizers take whole ones.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise BadData(f"character {error.start + 1} of the text is {half}, half of a surrogate pair") from error
+    return text
 
 
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -188,9 +258,17 @@ def _common(one: str, other: str) -> int:
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _end_of_content(text: str, start: int, end: int, message: Message) -> int:
-    """The end of what the message says, without what the template puts behind it."""
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
+def _longer(message: Message) -> Message:
+    """Going on with the probe where the message stops: in its content, or in its thinking when it has no content."""
     content = message["content"]
-    said = content.strip() if isinstance(content, str) else ""
-    found = text.rfind(said, start, end) if said else -1
-    return end if found < 0 else found + len(said)
+    if not content and message.get("reasoning_content"):
+        return {**message, "reasoning_content": message["reasoning_content"].rstrip() + _PROBE}
+    if isinstance(content, str):
+        return {**message, "content": content.rstrip() + _PROBE}
+    *before, last = content
+    last = {**last, "text": last["text"].rstrip() + _PROBE} if _is_text(last) else last
+    return {**message, "content": [*before, last]}

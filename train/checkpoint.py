@@ -1,28 +1,36 @@
 """Checkpoints that survive being killed at any moment.
 
 A checkpoint is a directory `step-000123`. It is written under another name, flushed to the disk and renamed, so that
-a directory of that name is always whole. `latest` and `best` are relative links, replaced by a rename as well.
-Rotation removes older ones, never what a link points to.
+a directory of that name is always whole; one that is removed loses its name first. Where a step is saved again, the old
+directory moves to `.replaced-step-000123` for a moment and counts until the new one is there. `latest` and `best` are
+relative links, replaced by a rename as well. Rotation removes older ones, never what a link points to.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from specdec.errors import BadCheckpoint
+from specdec.errors import BadCheckpoint, SpecdecError
 
 STATE, WEIGHTS = "state.json", "training.safetensors"
-_NAME = re.compile(r"step-(\d+)$")
-_UNFINISHED = ".unfinished-"
+LATEST, BEST = "latest", "best"
+_LOCK = ".lock"
+_UNFINISHED, _REPLACED = ".unfinished-", ".replaced-"
+_NAME = re.compile(rf"(?:{re.escape(_REPLACED)})?step-(\d+)$")
+_CUT_SHORT = re.compile("I/O error|No space left|PytorchStreamWriter|inline_container")
+"""How safetensors and torch.save tell that a file could not be written; neither raises an OSError."""
 
 
 class Checkpoints:
@@ -37,14 +45,39 @@ class Checkpoints:
         self.folder = folder
         self.keep = max(keep, 1)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else may write here in this block; a process that dies, however it does, leaves no lock.
+
+        Raises:
+            SpecdecError: another process is in such a block.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / _LOCK).open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise SpecdecError(
+                    f"another process is writing to {self.folder}; wait for it or choose another --out"
+                ) from error
+            yield
+
     def save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
         """Write one: `write` fills the directory, `state` is stored as JSON beside.
 
         Raises:
-            OSError: the disk is full or not writable; earlier checkpoints are untouched.
+            OSError: the disk is full or not writable, in one line; earlier checkpoints are untouched.
         """
+        try:
+            return self._save(step, write, state)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not isinstance(error, OSError) and not _CUT_SHORT.search(str(error)):
+                raise
+            raise OSError(self._unwritten(step, error)) from error
+
+    def _save(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Path:
         final = self.folder / f"step-{step:06d}"
-        unfinished = self.folder / f"{_UNFINISHED}{final.name}"
+        unfinished = self._unfinished(final.name)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.clear_unfinished()
         unfinished.mkdir()
@@ -53,32 +86,47 @@ class Checkpoints:
             (unfinished / STATE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
             flush(unfinished)
             if final.exists():
-                shutil.rmtree(final)
+                os.replace(final, self._replaced(final))
             os.replace(unfinished, final)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
+            self._settle_replaced()
             raise
         _flush_directory(self.folder)
-        self.link("latest", final)
+        self._settle_replaced()
+        self.link(LATEST, final)
         self.rotate()
         return final
 
+    def _unwritten(self, step: int, error: Exception) -> str:
+        """What to say when a checkpoint cannot be written."""
+        latest = self.latest()
+        kept = f"{latest.name} is whole" if latest else "nothing was saved before"
+        reason = " ".join(str(error).split())[:160]
+        if isinstance(error, RuntimeError):  # torch.save names a line of its source and two positions in the file
+            reason = "writing was cut short"
+        free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
+        return (
+            f"the checkpoint of step {step} cannot be written to {self.folder} ({reason}; {free / 1e6:.0f} MB free)"
+            f"; {kept}. Make room and run the same command again: it goes on from there"
+        )
+
     def link(self, name: str, checkpoint: Path) -> None:
         """Let `name` point to a checkpoint, in one move."""
-        fresh = self.folder / f"{_UNFINISHED}{name}"
+        fresh = self._unfinished(name)
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(checkpoint.name)
         os.replace(fresh, self.folder / name)
         _flush_directory(self.folder)
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint; links are not trusted, names are."""
-        return max(self.all(), key=step_of, default=None)
+        """What `latest` points to, the last that was saved; where it points nowhere, the one of the highest step."""
+        return self._linked(LATEST) or max(self.all(), key=step_of, default=None)
 
     def best(self) -> Path | None:
         """What `best` points to."""
-        link = self.folder / "best"
-        return link.resolve() if link.exists() else None
+        linked = self._linked(BEST)
+        return linked.resolve() if linked else None
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 weights that a finished run hands on: of the best checkpoint where it validated, else its last.
@@ -92,39 +140,68 @@ class Checkpoints:
         return load_file(checkpoint / WEIGHTS)
 
     def all(self) -> list[Path]:
-        """Every whole checkpoint."""
+        """Every whole checkpoint, also one that was to be replaced when a save was killed."""
         if not self.folder.is_dir():
             return []
-        return [path for path in self.folder.iterdir() if _NAME.match(path.name) and (path / STATE).is_file()]
+        found = [path for path in self.folder.iterdir() if _NAME.match(path.name) and (path / STATE).is_file()]
+        replaced = {self._replaced(path) for path in found}
+        return [path for path in found if path not in replaced]
 
     def rotate(self) -> None:
-        """Remove the oldest beyond `keep`, but not the best."""
-        best = self.best()
+        """Remove the oldest beyond `keep`, but nothing that a link points to."""
+        linked = [self._linked(name) for name in (LATEST, BEST)]
         for path in sorted(self.all(), key=step_of)[: -self.keep]:
-            if best is None or path.resolve() != best:
-                shutil.rmtree(path)
+            if path not in linked:
+                self._remove(path)
 
     def offer(self) -> Path | None:
         """Let `drafter` lead to the best drafter, to the newest one where none was measured; None without any.
 
         Once there is a best checkpoint the link goes through `best`, so that it follows by itself.
         """
-        name = "best" if self.best() else "latest"
+        name = BEST if self.best() else LATEST
         if not (self.folder / name).exists():
             return None
-        fresh = self.folder / f"{_UNFINISHED}drafter"
+        fresh = self._unfinished("drafter")
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(f"{name}/drafter")
         os.replace(fresh, self.folder / "drafter")
         return self.folder / "drafter"
 
     def clear_unfinished(self) -> None:
-        """Remove what a killed save left."""
+        """Remove what a killed save left, and give back its name to a checkpoint that was to be replaced."""
+        self._settle_replaced()
         for path in self.folder.glob(f"{_UNFINISHED}*"):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+    def _linked(self, name: str) -> Path | None:
+        """The whole checkpoint that a link points to."""
+        final = self.folder / (self.folder / name).resolve().name
+        return next((path for path in self.all() if path in (final, self._replaced(final))), None)
+
+    def _settle_replaced(self) -> None:
+        """Remove the old directory of a step once the new one is there; put it back where that never came."""
+        for path in self.folder.glob(f"{_REPLACED}*"):
+            final = self.folder / path.name.removeprefix(_REPLACED)
+            if final.exists():
+                self._remove(path)
+            else:
+                os.replace(path, final)
+
+    def _remove(self, checkpoint: Path) -> None:
+        """Take the name away first: half a checkpoint must not look like a whole one."""
+        gone = self._unfinished(f"gone-{checkpoint.name}")
+        os.replace(checkpoint, gone)
+        shutil.rmtree(gone)
+
+    def _unfinished(self, name: str) -> Path:
+        return self.folder / f"{_UNFINISHED}{name}"
+
+    def _replaced(self, checkpoint: Path) -> Path:
+        return self.folder / f"{_REPLACED}{checkpoint.name}"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -148,20 +225,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
         raise BadCheckpoint(f"{checkpoint / STATE} is no checkpoint state: it has no step")
     return state
-
-
-def unwritten(checkpoints: Checkpoints, step: int, error: Exception) -> str:
-    """What to say when a checkpoint cannot be written."""
-    latest = checkpoints.latest()
-    kept = f"{latest.name} is whole" if latest else "nothing was saved before"
-    reason = " ".join(str(error).split())[:160]
-    if isinstance(error, RuntimeError):  # torch.save names a line of its source and two positions in the file
-        reason = "writing was cut short"
-    free = shutil.disk_usage(checkpoints.folder).free if checkpoints.folder.is_dir() else 0
-    return (
-        f"the checkpoint of step {step} cannot be written to {checkpoints.folder} ({reason}; {free / 1e6:.0f} MB free)"
-        f"; {kept}. Make room and run the same command again: it goes on from there"
-    )
 
 
 def check_identity(saved: dict[str, Any], ours: dict[str, Any], checkpoint: Path) -> None:

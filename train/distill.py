@@ -15,6 +15,9 @@ num_layers = 4
 from __future__ import annotations
 
 import copy
+import inspect
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,24 +25,27 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec.drafters.directory import drafter_in, fingerprint
-from specdec.drafters.load import load_model
+from specdec.drafters.draft_model import DraftModelDrafter
+from specdec.drafters.load import NOT_OPTIONS, load_model
 from specdec.environment import weights_sample
-from specdec.errors import BadRecipe
+from specdec.errors import BadCheckpoint, BadRecipe
+from specdec.grow.named import growth_named
 from specdec.probe import target_of
 from specdec.target import Target
-from specdec.train.batch import Documents, TrainBatch
+from specdec.train.batch import Documents, TrainBatch, order_of
+from specdec.train.checkpoint import Checkpoints
 from specdec.train.features import TargetFeatures, check_packing
 from specdec.train.importance import calibration_rows, cut_by_importance
 from specdec.train.kinds.draft_model import DraftModelTraining, save_model
 from specdec.train.loop import Loop, Score, StepReport
 from specdec.train.on_policy import MixedSource, TextShares, Writing
-from specdec.train.order import Order
 from specdec.train.prepared import unfinished_folder
 from specdec.train.prune import Sizes
-from specdec.train.recipe import DEFAULTS, Recipe, laid_over
+from specdec.train.recipe import DEFAULTS, DRAFT_MODEL, Recipe, laid_over
 from specdec.train.recipe_loop import run_loop
 from specdec.train.run import evaluator, row_source
 
@@ -49,9 +55,12 @@ TARGET, SCRATCH = "target", "scratch"
 REFERENCE = "reference"
 """Directory of a run in which AdaSPEC's reference draft is distilled."""
 
+START, CUT = "start", "cut.json"
+"""Directory of a run in which the model lies that was cut for it, and the file in it that says from what to what."""
+
 CALIBRATION_ROWS = 16
 
-DEFAULT_RECIPE = DEFAULTS["draft-model"]
+DEFAULT_RECIPE = DEFAULTS[DRAFT_MODEL]
 """DistillSpec's learning rate, without its length."""
 
 Report = Callable[[StepReport | Score], None]
@@ -141,6 +150,9 @@ class DraftSettings:
         """
         settings = laid_over(DraftSettings(), recipe.head, "head")
         _ = settings.shares, settings.sizes, settings.fresh, laid_over(Writing(), settings.writing, "head.writing")
+        check_options(settings.options)
+        if recipe.data.written_from < 1:
+            raise BadRecipe("who writes a draft model's text is said by head.text; leave data.written_from out")
         if not 0 < settings.keep_share <= 1:
             raise BadRecipe(f"[head] keep_share is above 0 and at most 1, got {settings.keep_share}")
         if settings.learns != "law" and (settings.keep_share < 1 or settings.reference):
@@ -152,6 +164,25 @@ class DraftSettings:
         if settings.draft == SCRATCH and settings.cut:
             raise BadRecipe("[head] a fresh model is not cut; leave out cut, or name a model to cut")
         return settings
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options that the validation's drafter does not have or cannot have; no model is needed to tell.
+
+    Raises:
+        BadRecipe: names the option.
+    """
+    parameters = inspect.signature(DraftModelDrafter).parameters
+    known = {name: parameter.default for name, parameter in parameters.items() if name not in NOT_OPTIONS}
+    if unknown := sorted(set(options) - set(known)):
+        raise BadRecipe(
+            f"[head] options: drafter {DRAFT_MODEL} has no option {unknown[0]!r}; it has {', '.join(known)}"
+        )
+    values = known | options
+    try:
+        growth_named(values.pop("grow"), **values)
+    except (TypeError, ValueError) as error:
+        raise BadRecipe(f"[head] options {options}: {error}") from error
 
 
 def train_draft_model(
@@ -246,7 +277,7 @@ def run_training(
         check_packing(target)
         training.module.eval()
         check_packing(Target(training.module))
-    training.drafter()  # a wrong option is found now
+    training.drafter()  # an option that this very model cannot have is found now
     return run_loop(
         recipe,
         training,
@@ -279,7 +310,7 @@ def text_source(
     settings = DraftSettings.of(recipe)
     if settings.shares == TextShares():
         return row_source(documents, recipe)
-    order = Order(documents.lengths, recipe.data.row_length, recipe.loop.seed, packed=recipe.data.packed)
+    order = order_of(documents, recipe.data.row_length, recipe.loop.seed, packed=recipe.data.packed)
     return MixedSource(documents, order, settings.shares, training, Writing(**settings.writing))
 
 
@@ -293,10 +324,12 @@ def starting_draft(
 ) -> PreTrainedModel:
     """The model that the first step begins with, in fp32.
 
-    One that has to be cut first is kept in `out/start`, so that a resumed run begins with the same.
+    One that has to be cut first is kept in `out/start`, so that a resumed run begins with the same. As long as no
+    checkpoint rests on it, every start cuts anew: the one before may have had other settings.
 
     Raises:
         BadRecipe: no model is named, or the target shall be its own draft model.
+        BadCheckpoint: checkpoints rest on another cut than the one that is asked for.
         UnknownDrafter: the directory holds no model.
     """
     if not settings.draft:
@@ -312,16 +345,46 @@ def starting_draft(
                 "the target itself cannot be its draft model; say what to cut, such as [head.cut] num_layers=4"
             )
         return _model_in(settings.draft, model, torch.float32)
-    start = out / "start"
-    if (accelerator is None or accelerator.is_main_process) and not start.exists():
-        whole = model if settings.draft == TARGET else _model_in(settings.draft, model)
-        rows = calibration_rows(documents, recipe.data.row_length, CALIBRATION_ROWS)
-        cut = cut_by_importance(whole, settings.sizes, rows)
-        with unfinished_folder(start) as folder:
-            save_model(cast(Any, cut).float(), folder)
+    start = out / START
+    if accelerator is None or accelerator.is_main_process:
+        if start.exists() and any(Checkpoints(folder).all() for folder in (out, out / REFERENCE)):
+            _check_start(start, settings, model)
+        else:
+            rows = calibration_rows(documents, recipe.data.row_length, CALIBRATION_ROWS)
+            _write_start(start, settings, model, rows)
     if accelerator is not None:
         accelerator.wait_for_everyone()
     return load_model(start, model, torch.float32)
+
+
+def _write_start(start: Path, settings: DraftSettings, model: PreTrainedModel, rows: list[Tensor]) -> None:
+    """Cut, and leave the result with what it was made from, in place of what was there."""
+    whole = _whole_model(settings, model)
+    cut = cut_by_importance(whole, settings.sizes, rows)
+    made = {"draft": settings.draft, "weights": weights_sample(whole), "cut": settings.cut}
+    if start.exists():
+        shutil.rmtree(start)
+    with unfinished_folder(start) as folder:
+        save_model(cast(Any, cut).float(), folder)
+        (folder / CUT).write_text(json.dumps(made, indent=2) + "\n")
+
+
+def _check_start(start: Path, settings: DraftSettings, model: PreTrainedModel) -> None:
+    """Hold a cut that checkpoints rest on to the settings; one of an earlier specdec does not say how it was made."""
+    if not (start / CUT).exists():
+        return
+    made = json.loads((start / CUT).read_text())
+    same = made["draft"] == settings.draft or made["weights"] == weights_sample(_whole_model(settings, model))
+    if not same or Sizes(**made["cut"]) != settings.sizes:
+        raise BadCheckpoint(
+            f"{start} was cut from {made['draft']} to {made['cut']}, this run asks for {settings.draft} and "
+            f"{settings.cut}. Use another --out, or the settings of that run"
+        )
+
+
+def _whole_model(settings: DraftSettings, model: PreTrainedModel) -> PreTrainedModel:
+    """What is cut."""
+    return model if settings.draft == TARGET else _model_in(settings.draft, model)
 
 
 def _model_in(path: str, target: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from specdec.errors import BadData
-from specdec.train.chat_template import ChatTemplate, Rendered
+from specdec.train.chat_template import ChatTemplate, Rendered, readable
 from specdec.train.example import Completion, Conversation, Example, PlainText, TokenTurns
 from specdec.vocabulary import vocabulary_sha256
 
@@ -102,7 +102,7 @@ class Encoder:
         """The documents of an example.
 
         Raises:
-            BadData: the template refuses it, or its ids belong to another vocabulary.
+            BadData: the template refuses it, it holds half a character, or its ids belong to another vocabulary.
         """
         if isinstance(example, Conversation):
             return [self._clipped(*self._of_rendered(row), "chat") for row in self.template.rows(example)]
@@ -167,7 +167,7 @@ class Encoder:
     def _tokenized(self, text: str, *, special: bool) -> tuple[list[int], list[int]]:
         """Ids, and where in the text each begins; -1 for tokens that the tokenizer adds itself."""
         encoded: Any = self.tokenizer(
-            text,
+            readable(text),
             add_special_tokens=special,
             return_offsets_mapping=True,
             return_special_tokens_mask=special,

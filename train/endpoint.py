@@ -21,7 +21,7 @@ from typing import Any
 
 from specdec.errors import SpecdecError
 from specdec.train.in_process import split_reasoning
-from specdec.train.regenerate import Answer, Failure, Request
+from specdec.train.regenerate import HALF, Answer, Failure, Finish, Request, is_whole
 from specdec.train.source import shown
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -29,6 +29,15 @@ AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 
 NEVER = (401, 403, 404, 405)
 """Answers that are the same for every prompt: a wrong key, a wrong model, a wrong address."""
+
+REFUSED = (400, 413, 422)
+"""Answers that are about this prompt alone, such as one that is too long."""
+
+ENDS: dict[str, Finish] = {"stop": "stop", "tool_calls": "stop", "length": "length"}
+"""What `finish_reason` says of an answer that can be used."""
+
+BROKEN_OFF = (None, "abort", "error")
+"""What it says of one that the server did not go through with."""
 
 CHARACTERS_PER_TOKEN = 4
 """Without the tokenizer, the beginning of a text is cut by characters."""
@@ -53,6 +62,10 @@ class Patience:
 
 class _Hopeless(Exception):
     """No request can succeed."""
+
+
+class _BrokenOff(Exception):
+    """An answer without an end, which may have one the next time."""
 
 
 class EndpointAnswerer:
@@ -146,8 +159,10 @@ class EndpointAnswerer:
                 if error.code in NEVER:
                     raise _Hopeless(reason) from error
                 if error.code not in AGAIN:
-                    return Failure(reason)
+                    return Failure(reason, of_prompt=error.code in REFUSED)
                 pause = _retry_after(error.headers.get("Retry-After"))
+            except _BrokenOff as error:
+                reason = str(error)
             except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
                 reason = f"{type(error).__name__}: {shown(str(error))}"
             if attempt < self.patience.retries and self._closed.wait(self._pause(request, attempt, pause)):
@@ -179,17 +194,25 @@ class EndpointAnswerer:
             return json.load(response)
 
     def _answer(self, request: Request, reply: Any) -> Answer | Failure:
+        """What a reply says.
+
+        Raises:
+            _BrokenOff: the server did not go through with it.
+        """
         choice = reply["choices"][0]
-        finish = "length" if choice.get("finish_reason") == "length" else "stop"
+        word = choice.get("finish_reason")
+        if word in BROKEN_OFF:
+            raise _BrokenOff(f"the answer broke off: its finish_reason is {word!r}")
+        if word not in ENDS:  # filtered, or a word that nobody knows: the text and its end may not be the target's
+            return Failure(f"the answer's finish_reason is {shown(word)}, expected stop or length", of_prompt=True)
         if request.text is not None:
-            content = choice["text"]
-            return Answer(content, finish, prompt=self._beginning(request.text)) if content else _EMPTY
+            return _usable(Answer(choice["text"], ENDS[word], prompt=self._beginning(request.text)))
         message = choice["message"]
         if message.get("tool_calls"):
-            return Failure("the target called a tool, and nobody is there to answer the call")
+            return Failure("the target called a tool, and nobody is there to answer the call", of_prompt=True)
         content, reasoning = split_reasoning(message.get("content") or "")
         reasoning = message.get("reasoning_content") or message.get("reasoning") or reasoning
-        return Answer(content, finish, reasoning) if content or reasoning else _EMPTY
+        return _usable(Answer(content, ENDS[word], reasoning))
 
     def _beginning(self, text: str) -> str:
         """About `prompt_tokens` tokens, ending with a whole word."""
@@ -200,7 +223,12 @@ class EndpointAnswerer:
         return start[:space] if space > 0 else start
 
 
-_EMPTY = Failure("the answer is empty")
+def _usable(answer: Answer) -> Answer | Failure:
+    if not answer.content and not answer.reasoning:
+        return Failure("the answer is empty", of_prompt=True)
+    if not is_whole(f"{answer.content}{answer.reasoning or ''}"):
+        return Failure(f"the answer holds {HALF}", of_prompt=True)
+    return answer
 
 
 def _excerpt(error: urllib.error.HTTPError) -> str:

@@ -32,6 +32,9 @@ SPEAKERS = {
 CUT = "length"
 """`finish` of an answer that stopped at its cap: it has no end, so none is learned."""
 
+BEGINNING = 1000
+"""Characters by which texts that begin alike are known."""
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -50,6 +53,16 @@ class Conversation:
     cut: frozenset[int] = frozenset()
 
     @property
+    def answers(self) -> list[int]:
+        """Numbers of the messages to be learned.
+
+        What the assistant says before anybody else has spoken is context: nobody knows what the target would have read.
+        """
+        roles = [message["role"] for message in self.messages]
+        asked = next((number for number, role in enumerate(roles) if role != "assistant"), len(roles))
+        return [n for n, role in enumerate(roles) if role == "assistant" and n >= max(self.first, asked)]
+
+    @property
     def beginning(self) -> str:
         """What was asked first; conversations of the same beginning stay together when some are held out."""
         asked = [m.get("content") for m in self.messages if m["role"] != "assistant"]
@@ -66,8 +79,8 @@ class Completion:
 
     @property
     def beginning(self) -> str:
-        """See Conversation."""
-        return self.prompt
+        """See Conversation; without a prompt the text begins with its completion."""
+        return self.prompt or self.completion[:BEGINNING]
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ class PlainText:
     @property
     def beginning(self) -> str:
         """See Conversation."""
-        return self.text[:1000]
+        return self.text[:BEGINNING]
 
 
 @dataclass(frozen=True)
@@ -106,8 +119,10 @@ def example_of(row: SourceRow) -> Example:
     """The example in a row.
 
     Raises:
-        BadData: no known column, or one that does not hold what it should; begins with file and line.
+        BadData: unreadable, without a known column, or with one that holds something else; begins with its place.
     """
+    if row.unreadable is not None:
+        raise row.bad(row.unreadable)
     fields = row.fields
     for columns, make in FORMS:
         if all(column in fields for column in columns):
@@ -144,7 +159,10 @@ def _conversation(raw: Any, fields: dict[str, Any], first: int = 0) -> Conversat
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant" and number >= first]
     if not answers:
         raise BadData("no message of the assistant, so nothing to learn from")
-    return Conversation(messages, tools_of(fields.get("tools")), first, _cut(fields.get("finish"), answers))
+    made = Conversation(messages, tools_of(fields.get("tools")), first, _cut(fields.get("finish"), answers))
+    if not made.answers:
+        raise BadData("the assistant speaks without having been asked, so nothing to learn from")
+    return made
 
 
 def messages_of(raw: Any) -> tuple[Message, ...]:
@@ -178,11 +196,18 @@ def _message(entry: Any, number: int) -> Message:
     if "tool_calls" in given:
         given["tool_calls"] = [_tool_call(call, number) for call in given["tool_calls"]]
     content = given.setdefault("content", "" if role == "assistant" else None)
+    if isinstance(content, list):
+        given["content"] = content = [_part(part) for part in content]
     if not isinstance(content, str | list) or (role == "user" and not content):
         raise BadData(f"message {number} ({role}) has the content {shown(content)}, expected text")
     if role == "assistant" and not any(given.get(said) for said in ("content", "tool_calls", "reasoning_content")):
         raise BadData(f"message {number} is an empty answer")
     return given
+
+
+def _part(part: Any) -> Any:
+    """Templates ask whether a part has an image; a column without a value is none."""
+    return {name: held for name, held in part.items() if held is not None} if isinstance(part, dict) else part
 
 
 def _tool_call(call: Any, number: int) -> Any:

@@ -23,6 +23,8 @@ from specdec.train.distill import Report, Scratch, train_draft_model
 from specdec.train.loop import Loop
 from specdec.train.recipe import Recipe
 
+Restored = Callable[[Loop], None]
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -53,7 +55,9 @@ def fast_draft(
     recompute: bool = False,
     prompts: list[list[int]] | None = None,
     report: Callable[[str], Report] = lambda _stage: lambda _report: None,
-    restored: Callable[[str], Callable[[Loop], None]] = lambda _stage: lambda _loop: None,
+    report_reference: Callable[[str], Report] = lambda _stage: lambda _report: None,
+    restored: Callable[[str], Restored] = lambda _stage: lambda _loop: None,
+    restored_reference: Callable[[str], Restored] = lambda _stage: lambda _loop: None,
     resume: bool = True,
     accelerator: Accelerator | None = None,
 ) -> Loop:
@@ -73,12 +77,14 @@ def fast_draft(
         recompute: layers are run again in the backward pass instead of being remembered.
         prompts: held-out prompts to decode for validation.
         report: given a stage's name, hears of its steps and validations.
+        report_reference: the same of the token filter's reference, where that is distilled before the stage.
         restored: given a stage's name, called before its first step, see `train_draft_model`.
+        restored_reference: the same of the reference.
         resume: go on where an interrupted run stopped.
         accelerator: of the process, when there are several.
 
     Returns:
-        the last stage's loop, or that of the stage in which a signal stopped the run.
+        the last stage's loop, or that of the stage, or of its reference, in which a signal stopped the run.
 
     Raises:
         SpecdecError: stages, data or checkpoints that do not fit; says which.
@@ -96,7 +102,9 @@ def fast_draft(
         loop = train_draft_model(
             replace(recipe, head={**recipe.head, "draft": ""}), model, stage.documents, out / stage.name,
             draft=draft, prompts=prompts, data_identity=stage.data_identity or None, report=report(stage.name),
-            restored=restored(stage.name), recompute=recompute, resume=resume, accelerator=accelerator,
+            report_reference=report_reference(stage.name), restored=restored(stage.name),
+            restored_reference=restored_reference(stage.name), recompute=recompute, resume=resume,
+            accelerator=accelerator,
         )  # fmt: skip
         if loop.step < loop.settings.steps or loop.stopped:
             break

@@ -348,6 +348,10 @@ class CachedData:
             )
         return replace(document, taps=taps)
 
+    def supervised(self, piece: Piece) -> Tensor:
+        """Bool [stop - start]: which tokens of the piece are supervised."""
+        return self.texts.supervised(piece)
+
     def _opened(self, shard: Shard) -> tuple[Any, Tensor]:
         if shard.file in self._open:
             self._open.move_to_end(shard.file)

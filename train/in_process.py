@@ -65,16 +65,18 @@ class InProcessAnswerer:
         try:
             ids = self._ids(request)
         except BadData as error:
-            self._failed.append((request, Failure(str(error))))
+            self._refuse(request, str(error))
             return
         limit = target_of(self.model).max_positions
         if not ids:
-            self._failed.append((request, Failure("the prompt has no tokens")))
+            self._refuse(request, "the prompt has no tokens")
         elif limit is not None and len(ids) >= limit:
-            reason = f"the prompt has {len(ids)} tokens, the target takes {limit}"
-            self._failed.append((request, Failure(reason)))
+            self._refuse(request, f"the prompt has {len(ids)} tokens, the target takes {limit}")
         else:
             self._held.append((request, ids))
+
+    def _refuse(self, request: Request, reason: str) -> None:
+        self._failed.append((request, Failure(reason, of_prompt=True)))
 
     def wait(self) -> list[tuple[Request, Answer | Failure]]:
         """Outcomes of one batch: requests of the oldest one's temperature, the longest prompts first."""
@@ -98,18 +100,36 @@ class InProcessAnswerer:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _generated(self, prompts: list[list[int]], temperature: float, seed: int) -> list[list[int]]:
-        """New tokens of each prompt, up to and including the end-of-text token."""
-        ends, pad = self._special_tokens()
+        """New tokens of each prompt, up to and including the end-of-text token, or up to its own cap.
+
+        A batch has the room of its longest prompt; where that is less than others have, these are gone on with.
+        """
+        ends, _ = self._special_tokens()
+        drawn: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            drawn |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+            drawn["generator"] = torch.Generator(self.model.device).manual_seed(seed)
+        caps = [self._cap(prompt) for prompt in prompts]
+        rows: list[list[int]] = [[] for _ in prompts]
+        going = list(range(len(prompts)))
+        while going:
+            room = min(caps[row] - len(rows[row]) for row in going)
+            continued = self._continued([prompts[row] + rows[row] for row in going], room, drawn)
+            for row, new in zip(going, continued, strict=True):
+                rows[row] += _until_end(new, ends)
+            going = [row for row in going if rows[row][-1] not in ends and len(rows[row]) < caps[row]]
+        return rows
+
+    def _cap(self, prompt: list[int]) -> int:
+        limit = target_of(self.model).max_positions
+        return self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - len(prompt))
+
+    def _continued(self, prompts: list[list[int]], room: int, drawn: dict[str, Any]) -> list[list[int]]:
+        """So many new tokens of each prompt; whatever stands behind an end-of-text token is padding."""
+        _, pad = self._special_tokens()
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        limit = target_of(self.model).max_positions
-        room = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - width)
-        drawn: dict[str, Any] = {"do_sample": temperature > 0}
-        if temperature > 0:
-            device = self.model.device
-            drawn |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-            drawn["generator"] = torch.Generator(device).manual_seed(seed)
         output = generate(
             self.model,
             ids.to(self.model.device),
@@ -119,7 +139,7 @@ class InProcessAnswerer:
             pad_token_id=pad,
             **drawn,
         )
-        return [_until_end(row, ends) for row in cast(torch.Tensor, output)[:, width:].tolist()]
+        return cast(torch.Tensor, output)[:, width:].tolist()
 
     def _special_tokens(self) -> tuple[set[int], int]:
         config = self.model.generation_config
@@ -133,7 +153,7 @@ class InProcessAnswerer:
         text = str(self.tokenizer.decode(new[:-1] if finished else new, skip_special_tokens=True))
         content, reasoning = (text, None) if request.text is not None else split_reasoning(text)
         if not content and reasoning is None:
-            return Failure("the answer is empty")
+            return Failure("the answer is empty", of_prompt=True)
         started = None if request.text is None else str(self.tokenizer.decode(prompt, skip_special_tokens=True))
         return Answer(content, "stop" if finished else "length", reasoning, started, tuple(prompt), tuple(new))
 

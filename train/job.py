@@ -131,8 +131,6 @@ def run_job(
     """
     target = target_of(model)
     recipe = job.recipe.fitted(accelerator.num_processes, target.max_positions, target.hidden_size)
-    if recipe.kind == DRAFT_MODEL and recipe.data.written_from < 1:
-        raise BadRecipe("who writes a draft model's text is said by head.text; leave data.written_from out")
     data = open_prepared(job.data)
     check_tokenizer(data.manifest, model)
     names = stages_of(recipe, job.begin_from)

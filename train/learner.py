@@ -170,19 +170,24 @@ class Learner:
             return
         device = next(module.parameters()).device
         step = _Totals(positions=supervised)
-        for batch in batches:
-            terms = self.learning.terms(batch.to(device), self.objective)
-            loss = torch.stack([term.total for term in terms]).sum()
-            (loss / supervised).backward()
-            step.add(terms, float(loss.detach()))
-        learning = [p for p in module.parameters() if p.requires_grad]
-        norm = float(nn.utils.clip_grad_norm_(learning, self.settings.clip or math.inf))
-        if math.isfinite(norm) and math.isfinite(step.loss):
-            self.optimizer.step()
-            totals.include(step)
-        else:
-            totals.skipped += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            for batch in batches:
+                terms = self.learning.terms(batch.to(device), self.objective)
+                loss = torch.stack([term.total for term in terms]).sum()
+                loss.backward()
+                step.add(terms, float(loss.detach()))
+            learning = [p for p in module.parameters() if p.requires_grad]
+            for parameter in learning:  # not in the loss: so small a gradient is 0 in a float16 target
+                if parameter.grad is not None:
+                    parameter.grad.div_(supervised)
+            norm = float(nn.utils.clip_grad_norm_(learning, self.settings.clip or math.inf))
+            if math.isfinite(norm) and math.isfinite(step.loss):
+                self.optimizer.step()
+                totals.include(step)
+            else:
+                totals.skipped += 1
+        finally:  # also of a step that went wrong: the next one must not add to half a gradient
+            self.optimizer.zero_grad(set_to_none=True)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -200,7 +205,7 @@ class Learner:
         torch.save(self.optimizer.state_dict(), folder / MOMENTS)
 
     def read(self, folder: Path) -> None:
-        """Go on from a folder that `write` filled.
+        """Go on from a folder that `write` filled, at this object's own learning rate.
 
         Raises:
             BadCheckpoint: files that cannot be read, or of other weights.
@@ -222,7 +227,8 @@ class Learner:
         with torch.inference_mode(False), torch.no_grad():
             for name, weight in ours.items():
                 weight.copy_(weights[name])
-        self.optimizer.load_state_dict(moments)
+        # The file's groups hold the rates of whoever wrote it.
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments["state"]})
 
     def counters(self) -> dict[str, int]:
         """For a checkpoint's state."""

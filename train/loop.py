@@ -12,21 +12,20 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from specdec.errors import BadCheckpoint, BadRecipe
 from specdec.train.batch import PADDING, TrainBatch
-from specdec.train.checkpoint import WEIGHTS, Checkpoints, check_identity, read_state, unwritten
+from specdec.train.checkpoint import BEST, LATEST, WEIGHTS, Checkpoints, check_identity, read_state, step_of
 from specdec.train.loop_settings import FREE_SETTINGS, LoopSettings
 from specdec.train.objective import Objective, Term
 from specdec.train.order import derived_seed
@@ -148,6 +147,7 @@ class Loop:
         self.step = 0
         self.best = -math.inf
         self._restored = False
+        self._heard = False  # by this process, at any moment; what is decided depends on what all have agreed on
         self._stopping = False
         self._shards: Shards | None = None
         self._learning = trainable
@@ -171,16 +171,19 @@ class Loop:
 
         Raises:
             BadCheckpoint: the folder holds another run's checkpoints.
-            BadRecipe: the loss is no number any more, the last checkpoint is whole; or a kind that cannot be divided.
+            BadRecipe: the loss or its gradient is no number any more, the last checkpoint is whole; or a kind that
+                cannot be divided.
+            SpecdecError: another process trains in the folder.
             OSError: a checkpoint cannot be written; earlier ones are whole.
         """
         self.restore(resume=resume)
-        with on_stop(self._stop):
+        with self._alone(), on_stop(self._stop):
             while self.step < self.settings.steps and not self._stopping:
                 self.report_here(self._train_step())
                 self.step += 1
-                self._stopping = self._anybody(self._stopping)
+                self._stopping = self._anybody(self._heard)
                 self._validate_and_save()
+        self._stopping = self._anybody(self._heard)  # one that came while the last step was saved
         return self.step
 
     def restore(self, *, resume: bool = True) -> int:
@@ -194,14 +197,19 @@ class Loop:
 
         Raises:
             BadCheckpoint: another run's or damaged checkpoints; or some that shall not be taken up.
+            SpecdecError: another process trains in the folder.
         """
         if not self._restored:
-            if resume:
-                self._resume()
-            elif self.checkpoints.all():
-                raise BadCheckpoint(
-                    f"{self.checkpoints.folder} holds checkpoints already; resume, or choose another --out"
-                )
+            with self._alone():
+                if self.accelerator.is_main_process:
+                    self.checkpoints.clear_unfinished()
+                self.accelerator.wait_for_everyone()  # what was to be replaced has its name again
+                if resume:
+                    self._resume()
+                elif self.checkpoints.all():
+                    raise BadCheckpoint(
+                        f"{self.checkpoints.folder} holds checkpoints already; resume, or choose another --out"
+                    )
         self._restored = True
         return self.step
 
@@ -209,6 +217,10 @@ class Loop:
     def stopped(self) -> bool:
         """Whether a signal ended it."""
         return self._stopping
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """No other run writes to the folder meanwhile; the main process speaks for all of this one."""
+        return self.checkpoints.alone() if self.accelerator.is_main_process else nullcontext()
 
     def report_here(self, report: StepReport | Score) -> None:
         """Report on the main process only."""
@@ -230,16 +242,12 @@ class Loop:
                 torch.manual_seed(derived_seed(self.settings.seed, "micro-batch", batch.row_numbers[0]))
                 with self.accelerator.autocast():
                     loss, terms = self.model(self.features(batch))
-                self.accelerator.backward(loss * (self.accelerator.num_processes / supervised))
+                self.accelerator.backward(loss)
                 totals.add(terms)
         report = self._report(totals, supervised)
-        if not math.isfinite(report.loss):
-            raise BadRecipe(
-                f"the loss of step {self.step + 1} is {report.loss}; nothing was saved after step "
-                f"{self._last_saved()}. Lower the learning rate, or look at the data with `specdec data preview`"
-            )
+        self._check_number("loss", report.loss)
         report.learning_rate = self.settings.learning_rate * self.schedule(self.step)
-        report.gradient_norm = self._update(report.learning_rate)
+        report.gradient_norm = self._update(report.learning_rate, self.accelerator.num_processes / supervised)
         report.tokens = tokens
         report.seconds = time.perf_counter() - started
         return report
@@ -255,17 +263,35 @@ class Loop:
         for group in groups[self.accelerator.process_index :: self.accelerator.num_processes]:
             yield self.source(group)
 
-    def _update(self, learning_rate: float) -> float:
-        """One optimizer step; returns the gradient's norm before clipping."""
+    def _update(self, learning_rate: float, share: float) -> float:
+        """One optimizer step; returns the gradient's norm before clipping.
+
+        The gradient is multiplied by `share` here and not in the loss: where it passes the output matrix of a float16
+        target, a four-thousandth of an improbable token's probability would be 0.
+
+        Every process has the same norm, of the gradient of all, so that all refuse together.
+        """
         parameters = [p for p in self._learning.module.parameters() if p.requires_grad]
         if self._shards is not None and all(p.grad is None for p in parameters):
             raise BadRecipe(f"{self.trainable.kind} learns with weights beside its own module; leave --fsdp out")
-        norm = cast(Tensor, self.accelerator.clip_grad_norm_(parameters, self.settings.clip or math.inf))
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(share)
+        clipped = cast(Tensor, self.accelerator.clip_grad_norm_(parameters, self.settings.clip or math.inf))
+        norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
+        self._check_number("gradient's norm", norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("rate", 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm
+
+    def _check_number(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise BadRecipe(
+                f"the {what} of step {self.step + 1} is {value}; nothing was saved after step "
+                f"{self._last_saved()}. Lower the learning rate, or look at the data with `specdec data preview`"
+            )
 
     def _report(self, totals: _Totals, supervised: int) -> StepReport:
         names, values = totals.flat()
@@ -313,21 +339,14 @@ class Loop:
                 self.best = score.value
             state = {
                 "identity": self.identity,
-                "best": self.best if math.isfinite(self.best) else None,
                 "score": asdict(score) if score is not None else None,
             }
-            path = self._written(state, moments)
+            path = self.checkpoints.save(self.step, lambda folder: self._write(folder, moments), state)
             if better:
-                self.checkpoints.link("best", path)
+                self.checkpoints.link(BEST, path)
                 self.checkpoints.rotate()
             self.checkpoints.offer()
         self.accelerator.wait_for_everyone()
-
-    def _written(self, state: dict[str, Any], moments: dict[str, Any]) -> Path:
-        try:
-            return self.checkpoints.save(self.step, lambda folder: self._write(folder, moments), state)
-        except (OSError, SafetensorError, RuntimeError) as error:  # of the file system, safetensors and torch.save
-            raise OSError(unwritten(self.checkpoints, self.step, error)) from error
 
     def _write(self, folder: Path, moments: dict[str, Any]) -> None:
         """The drafter, ready to be used, in `drafter/`; all that resuming needs beside it."""
@@ -355,7 +374,22 @@ class Loop:
         if self._shards is not None:
             self._shards.scatter()
         self.step = int(state["step"])
-        self.best = -math.inf if state["best"] is None else float(state["best"])
+        if self.accelerator.is_main_process:
+            self.checkpoints.link(LATEST, checkpoint)
+            self._link_best()
+            self.checkpoints.offer()
+
+    def _link_best(self) -> None:
+        """Let `best` point to the best checkpoint up to here: a kill may have come between its save and its link."""
+        past = sorted((path for path in self.checkpoints.all() if step_of(path) <= self.step), key=step_of)
+        scores = {path: float(score["value"]) for path in past if (score := read_state(path).get("score"))}
+        best = max(
+            (path for path in scores if math.isfinite(scores[path])), key=lambda path: scores[path], default=None
+        )
+        if best is not None:
+            self.best = scores[best]
+            if best.resolve() != self.checkpoints.best():
+                self.checkpoints.link(BEST, best)
 
     def _last_saved(self) -> int:
         latest = self.checkpoints.latest()
@@ -369,7 +403,7 @@ class Loop:
         return bool(self._sum(torch.tensor([float(flag)]))[0]) if self.accelerator.num_processes > 1 else flag
 
     def _stop(self) -> None:
-        self._stopping = True
+        self._heard = True
 
 
 class _Totals:

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specdec.drafter import Drafter
@@ -31,8 +30,7 @@ from specdec.environment import weights_sample
 from specdec.errors import BadCheckpoint, BadData, BadRecipe, SpecdecError
 from specdec.json_lines import JsonLines, write_text
 from specdec.probe import target_of
-from specdec.train.checkpoint import Checkpoints
-from specdec.train.loop import check_identity, unwritten
+from specdec.train.checkpoint import Checkpoints, check_identity
 from specdec.train.online import LearningDrafter
 from specdec.train.online_recipe import OnlineRecipe
 from specdec.train.run_starts import RUN, add_start, circumstances, read_run
@@ -275,10 +273,7 @@ class _Replay:
 
     def _save(self) -> None:
         done = len(self.learned)
-        try:
-            self.learning.save(self.job.out, number=done, more={"requests": done})
-        except (OSError, SafetensorError, RuntimeError) as error:  # of the file system, safetensors and torch.save
-            raise OSError(unwritten(self.checkpoints, done, error)) from error
+        self.learning.save(self.job.out, number=done, more={"requests": done})
         self.checkpoints.offer()
         self.saved = done
 

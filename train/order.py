@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 
@@ -40,6 +39,7 @@ class Order:
         row_length: S.
         seed: of the shuffles.
         packed: several documents share a row; False gives every piece a row of its own.
+        silent: pieces of documents longer than a row in which nothing can be learned; they are left out.
     """
 
     lengths: tuple[int, ...]
@@ -47,11 +47,16 @@ class Order:
     seed: int = 0
     packed: bool = True
     shuffled: bool = True
+    silent: frozenset[Piece] = frozenset()
     _epochs: dict[int, list[Row]] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not any(length > 1 for length in self.lengths):
             raise BadData("there is no document of two tokens or more to train on")
+        if not self.rows_of(0):
+            raise BadData(
+                f"in rows of {self.row_length} tokens nothing can be learned: no supervised token has one before it"
+            )
 
     def row(self, number: int) -> Row:
         """Row `number`, counted over all epochs."""
@@ -75,7 +80,8 @@ class Order:
 
     def _pack(self, epoch: int) -> list[Row]:
         pieces = [piece for document in self._shuffled(len(self.lengths), epoch, "documents")
-                  for piece in pieces_of(document, self.lengths[document], self.row_length)]  # fmt: skip
+                  for piece in pieces_of(document, self.lengths[document], self.row_length)
+                  if piece not in self.silent]  # fmt: skip
         rows = fill(pieces, self.row_length) if self.packed else [(piece,) for piece in pieces]
         return [rows[index] for index in self._shuffled(len(rows), epoch, "rows")]
 
@@ -116,7 +122,6 @@ def fill(pieces: list[Piece], row_length: int) -> list[Row]:
     return [tuple(row) for row in [*done, *(row for _, row in open_rows)]]
 
 
-@lru_cache(maxsize=4096)
 def derived_seed(*parts: int | str) -> int:
     """A 63-bit seed from a path of names and numbers, the same on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()

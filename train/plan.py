@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
-from specdec.train.batch import Documents
+from specdec.train.batch import Documents, order_of
 from specdec.train.logits import ELEMENTS_AT_ONCE
-from specdec.train.order import Order
 from specdec.train.recipe import Recipe
 from specdec.train.shards import gathered_apart
 from specdec.train.trainable import Trainable
@@ -59,7 +58,7 @@ def plan_run(
     `recompute` says that logits are made again in the backward pass instead of being kept.
     """
     settings, data = recipe.loop, recipe.data
-    order = Order(documents.lengths, data.row_length, settings.seed, packed=data.packed)
+    order = order_of(documents, data.row_length, settings.seed, packed=data.packed)
     rows = len(order.rows_of(0))
     target: Any = cast(Any, training).target
     sizes = [parameter.numel() for parameter in training.module.parameters()]

@@ -30,6 +30,9 @@ TRAIN, HELD_OUT, PROMPTS, SETTINGS = "train", "held-out", "prompts.jsonl", "prep
 FEW = 0.01
 """A share of supervised tokens below which something is probably wrong."""
 
+WAITING = 1000
+"""Rows that begin like the first one and wait with it, at most."""
+
 Told = Callable[[int], None]
 
 
@@ -89,9 +92,9 @@ def prepare(
         out: the new directory.
         limit: rows to read at most.
         seed: decides which rows are held out: by their beginning, so that rows that begin alike stay together.
-        holdout: their share; at least one row, if there are two, unless it is 0.
+        holdout: their share; both parts have a row, if two begin differently, unless it is 0.
         split: of sources that have splits.
-        skip_bad: pass over rows that cannot be used, and count them.
+        skip_bad: pass over rows that cannot be used and lines that cannot be read, and count them.
         tokenizer_name: for the manifest.
         tell: hears of the rows read so far.
 
@@ -103,7 +106,8 @@ def prepare(
     if not 0 <= holdout < 1:
         raise BadData(f"a share of {holdout:g} cannot be held out; expected 0 or more and less than 1")
     counts = Prepared()
-    rows = islice((row for source in sources for row in read_source(source, split=split)), limit)
+    read = (read_source(source, split=split, keep_unreadable=True) for source in sources)
+    rows = islice((row for source in read for row in source), limit)
     encoded = _encoded(rows, encoder, counts, skip_bad, tell)
     with unfinished_folder(out) as folder:
         train, held_out = PreparedWriter(folder / TRAIN), PreparedWriter(folder / HELD_OUT)
@@ -113,8 +117,8 @@ def prepare(
                     (held_out if held else train).add(document.ids, document.supervised)
                 if held and documents[0].prompt:
                     prompts.write(json.dumps(_prompt(documents[0], encoder.tokenizer)) + "\n")
-        _check(counts, encoder)
         counts.documents, counts.held_out = train.documents, held_out.documents
+        _check(counts, encoder, holdout)
         settings = _settings(sources, encoder, tokenizer_name, max_length=encoder.max_length, limit=limit, seed=seed)
         settings |= {"holdout": holdout, "split": split, "largest_id": counts.largest_id}
         train.finish({**settings, "part": TRAIN})
@@ -198,21 +202,27 @@ def _count(counts: Prepared, documents: list[Encoded], useful: list[Encoded]) ->
 def _divided(
     encoded: Iterable[tuple[str, list[Encoded]]], holdout: float, seed: int
 ) -> Iterator[tuple[list[Encoded], bool]]:
-    """Documents of each row with whether it is held out; the first row waits, in case no other is."""
-    first: tuple[str, list[Encoded]] | None = None
-    held_any = False
-    rows = 0
+    """Documents of each row with whether it is held out.
+
+    The first row waits, with those that begin like it, for a part that has no other row in the end.
+    """
+    first: str | None = None
+    waiting: list[list[Encoded]] = []
+    parts: set[bool] = set()
+    waits = True
     for beginning, documents in encoded:
-        rows += 1
-        if first is None:
-            first = beginning, documents
+        first = beginning if first is None else first
+        waits = waits and len(parts) < 2 and len(waiting) < WAITING
+        if waits and beginning == first:
+            waiting.append(documents)
             continue
         held = _is_held(beginning, holdout, seed)
-        held_any |= held
+        parts.add(held)
         yield documents, held
     if first is not None:
-        needed = holdout > 0 and rows > 1 and not held_any
-        yield first[1], needed or (rows > 1 and _is_held(first[0], holdout, seed))
+        decides = waits and len(parts) < 2
+        held = holdout > 0 and parts == {False} if decides else _is_held(first, holdout, seed)
+        yield from ((documents, held) for documents in waiting)
 
 
 def _is_held(beginning: str, holdout: float, seed: int) -> bool:
@@ -224,7 +234,7 @@ def _prompt(document: Encoded, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
     return {"ids": ids, "text": tokenizer.decode(ids)}
 
 
-def _check(counts: Prepared, encoder: Encoder) -> None:
+def _check(counts: Prepared, encoder: Encoder, holdout: float) -> None:
     """Refuse masks that are certainly wrong, and warn of those that probably are."""
     if not counts.rows:
         raise BadData("the data is empty: there is not a single row")
@@ -239,6 +249,10 @@ def _check(counts: Prepared, encoder: Encoder) -> None:
             f"every one of the {counts.chat_tokens} tokens of the conversations is supervised, the questions among "
             "them: the chat template marks everything as the assistant's"
         )
+    if not counts.documents:
+        raise BadData(f"all {counts.held_out} documents are held out, so nothing is left to train on; lower --holdout")
+    if holdout and not counts.held_out and counts.rows - counts.bad > 1:
+        counts.warnings.append("nothing is held out: all rows begin alike")
     share = counts.supervised / counts.tokens
     if share < FEW:
         counts.warnings.append(

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 from array import array
 from bisect import bisect_right
@@ -65,11 +66,18 @@ class PreparedData:
 
     def piece(self, piece: Piece) -> Document:
         """Tokens [start, stop) of one document."""
+        file, span = self._place(piece)
+        return Document(file.get_slice("ids")[span].long(), file.get_slice("supervised")[span].bool())
+
+    def supervised(self, piece: Piece) -> torch.Tensor:
+        """Bool [stop - start]: which tokens of the piece are supervised."""
+        file, span = self._place(piece)
+        return file.get_slice("supervised")[span].bool()
+
+    def _place(self, piece: Piece) -> tuple[Any, slice]:
         shard = bisect_right(self._first, piece.document) - 1
         start = self._starts[shard][piece.document - self._first[shard]]
-        span = slice(start + piece.start, start + piece.stop)
-        file = self._files[shard]
-        return Document(file.get_slice("ids")[span].long(), file.get_slice("supervised")[span].bool())
+        return self._files[shard], slice(start + piece.start, start + piece.stop)
 
 
 @dataclass
@@ -86,6 +94,10 @@ class MemoryData:
         """Tokens [start, stop) of one document."""
         ids, supervised = self.documents[piece.document]
         return Document(ids[piece.start : piece.stop].long(), supervised[piece.start : piece.stop].bool())
+
+    def supervised(self, piece: Piece) -> torch.Tensor:
+        """Bool [stop - start]: which tokens of the piece are supervised."""
+        return self.documents[piece.document][1][piece.start : piece.stop].bool()
 
 
 def write_prepared(
@@ -113,8 +125,10 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
 
     What an earlier process left that was killed is removed.
     """
-    for left in path.parent.glob(f".unfinished-{path.name}-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    for left in path.parent.glob(".unfinished-*"):
+        named = re.fullmatch(rf"\.unfinished-{re.escape(path.name)}-(\d+)", left.name)
+        if named and not _others_work(int(named[1])):
+            shutil.rmtree(left, ignore_errors=True)
     unfinished = path.with_name(f".unfinished-{path.name}-{os.getpid()}")
     unfinished.mkdir(parents=True)
     try:
@@ -124,6 +138,19 @@ def unfinished_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _others_work(pid: int) -> bool:
+    """Whether another process of this number runs; a folder of our own number is from one that had it before us."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 class PreparedWriter:

@@ -18,18 +18,24 @@ import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from specdec.errors import BadData, SpecdecError
 from specdec.json_lines import JsonLines, write_text
-from specdec.train.example import CUT, Message, messages_of, tools_of
+from specdec.train.example import CUT, SPEAKERS, Message, messages_of, tools_of
 from specdec.train.order import derived_seed
 from specdec.train.source import SourceRow, shown
 
 FAILURES_IN_A_ROW = 20
-"""So many failures without an answer in between end the run: something is wrong with all of them."""
+"""So many failures of the server without an answer in between end the run: it is down."""
+
+REFUSED_AT_FIRST = 1000
+"""So many refused prompts before anything is answered end the run: the same is wrong with all of them. Data that is
+sorted by length may begin with many that are too long, and refusals take little time.
+"""
 
 Finish = Literal["stop", "length"]
 
@@ -51,8 +57,16 @@ class Asked:
     @property
     def key(self) -> str:
         """A hash of all of it."""
-        content = json.dumps([self.turns, self.tools, self.text], sort_keys=True, default=str)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return hashlib.sha256(self._content().encode()).hexdigest()[:16]
+
+    @property
+    def whole(self) -> bool:
+        """No text in it holds half a character."""
+        return is_whole(self._content(ensure_ascii=False))
+
+    def _content(self, *, ensure_ascii: bool = True) -> str:
+        content = [self.turns, self.tools, self.text]
+        return json.dumps(content, sort_keys=True, default=str, ensure_ascii=ensure_ascii)
 
 
 @dataclass(frozen=True)
@@ -98,9 +112,28 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no answer; the prompt is asked again by the next run."""
+    """Why there is no answer; the prompt is asked again by the next run.
+
+    Attributes:
+        reason: one line.
+        of_prompt: this prompt was refused or its answer is of no use, which says nothing of other prompts; otherwise it
+            is the server that failed.
+    """
 
     reason: str
+    of_prompt: bool = False
+
+
+HALF = "half a character (a lone surrogate), which no text can hold"
+
+
+def is_whole(text: str) -> bool:
+    """Whether UTF-8 can hold a text: JSON can spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Answerer(Protocol):
@@ -136,6 +169,8 @@ class RegenerateSettings:
         max_new_tokens: cap of each answer.
         prompt_tokens: of a text, continue so many tokens.
         max_turns: of a conversation; 0 for all.
+        vocabulary: hash of the target's, where ids are kept.
+        template, template_options: hash of the chat template, and what it was told beside the messages.
     """
 
     model: str
@@ -146,6 +181,7 @@ class RegenerateSettings:
     max_turns: int = 0
     vocabulary: str | None = None
     template: str | None = None
+    template_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.temperatures or min(self.temperatures) < 0:
@@ -192,10 +228,10 @@ def asked_of(row: SourceRow, *, chat: bool = True, max_turns: int = 0) -> Asked:
     try:
         for column in ("messages", "conversations"):
             if column in fields:
-                return _asked(messages_of(fields[column]), fields, max_turns)
+                return _asked(_replayed(fields[column]), fields, max_turns)
         prompt = fields.get("prompt")
         if isinstance(prompt, list):
-            return _asked(messages_of(prompt), fields, max_turns)
+            return _asked(_replayed(prompt), fields, max_turns)
         if isinstance(prompt, str) and prompt and chat:
             return _asked(({"role": "user", "content": prompt},), fields, max_turns)
     except BadData as error:
@@ -206,13 +242,37 @@ def asked_of(row: SourceRow, *, chat: bool = True, max_turns: int = 0) -> Asked:
     raise row.bad(f"expected messages, conversations, prompt or text; it has {', '.join(fields) or 'nothing'}")
 
 
+def _replayed(raw: Any) -> tuple[Message, ...]:
+    """The messages that are replayed; only these are checked, and answers may be anything: they are not kept.
+
+    A tool's result belongs to a call that nobody will make again: there it ends.
+    """
+    if not isinstance(raw, list):
+        return messages_of(raw)
+    kept = list(takewhile(lambda entry: _role(entry) != "tool" and not _calls(entry), raw))
+    if raw and not kept:
+        raise BadData("nothing is asked before a tool is called")
+    return messages_of([_ANSWER if _role(entry) == "assistant" else entry for entry in kept])
+
+
+_ANSWER = {"role": "assistant", "content": "(to be replaced)"}
+
+
+def _role(entry: Any) -> str | None:
+    if not isinstance(entry, dict):
+        return None
+    return entry.get("role") or SPEAKERS.get(str(entry.get("from")).lower())
+
+
+def _calls(entry: Any) -> bool:
+    return isinstance(entry, dict) and bool(entry.get("tool_calls"))
+
+
 def _asked(messages: tuple[Message, ...], fields: Mapping[str, Any], max_turns: int) -> Asked:
-    """Everything but the answers. A tool's result belongs to a call that nobody will make again: there it ends."""
+    """Everything but the answers."""
     turns: list[tuple[Message, ...]] = []
     pending: list[Message] = []
     for message in messages:
-        if message["role"] == "tool" or message.get("tool_calls"):
-            break
         if message["role"] != "assistant":
             pending.append(message)
         elif pending:
@@ -223,6 +283,42 @@ def _asked(messages: tuple[Message, ...], fields: Mapping[str, Any], max_turns: 
     if not turns or not any(message["role"] == "user" for message in turns[0]):
         raise BadData(f"nothing is asked in messages of the roles {', '.join(m['role'] for m in messages)}")
     return Asked(tuple(turns[: max_turns or None]), tools_of(fields.get("tools")))
+
+
+@dataclass
+class Prompts:
+    """What rows ask for, read as it is wanted.
+
+    Args:
+        rows: of any source.
+        chat, max_turns: see `asked_of`.
+        skip_bad: pass over rows that cannot be used, and count them.
+
+    Attributes:
+        bad: rows that were passed over; `first_bad` says why the first was.
+
+    Raises:
+        BadData: while reading, for a row that cannot be used; with file and line.
+    """
+
+    rows: Iterable[SourceRow]
+    chat: bool = True
+    max_turns: int = 0
+    skip_bad: bool = False
+    bad: int = field(default=0, init=False)
+    first_bad: str | None = field(default=None, init=False)
+
+    def __iter__(self) -> Iterator[Asked]:
+        for row in self.rows:
+            try:
+                asked = asked_of(row, chat=self.chat, max_turns=self.max_turns)
+            except BadData as error:
+                if not self.skip_bad:
+                    raise BadData(f"{error} (--skip-bad passes over such rows)") from error
+                self.bad += 1
+                self.first_bad = self.first_bad or str(error)
+                continue
+            yield asked
 
 
 def regenerate(
@@ -243,14 +339,15 @@ def regenerate(
         tell: hears of the numbers so far.
 
     Raises:
-        SpecdecError: `out` was begun with other settings, is written to by another process, or nothing succeeds.
+        SpecdecError: `out` was begun with other settings, is written to by another process, the server is down
+            (`FAILURES_IN_A_ROW`), or every prompt is refused (`REFUSED_AT_FIRST`).
     """
     with _Book(out, settings) as book:
         report = Regenerated()
         fresh = _replays(rows, book, settings, report)
         going: dict[str, _Replay] = {}
         ready: deque[_Replay] = deque()
-        unlucky = 0
+        luck = _Luck(answered=book.begun)
         while True:
             while answerer.room > 0 and (replay := ready.popleft() if ready else next(fresh, None)):
                 going[replay.key] = replay
@@ -260,10 +357,10 @@ def regenerate(
             for request, outcome in answerer.wait():
                 replay = going.pop(request.key)
                 if isinstance(outcome, Failure):
-                    unlucky += 1
-                    _note_failure(report, outcome, unlucky)
+                    _note_failure(report, outcome)
+                    luck.failed(outcome)
                 else:
-                    unlucky = 0
+                    luck.succeeded()
                     replay.answers.append(outcome)
                     if not replay.finished:
                         book.keep(replay)
@@ -282,13 +379,46 @@ def _note(report: Regenerated, replay: _Replay, settings: RegenerateSettings) ->
     report.by_temperature[temperature] = report.by_temperature.get(temperature, 0) + 1
 
 
-def _note_failure(report: Regenerated, failure: Failure, in_a_row: int) -> None:
+def _note_failure(report: Regenerated, failure: Failure) -> None:
     report.failed += 1
     report.first_failure = report.first_failure or failure.reason
-    if in_a_row >= FAILURES_IN_A_ROW:
-        raise SpecdecError(
-            f"{in_a_row} prompts in a row had no answer; the last reason: {failure.reason}. Finished answers are kept"
-        )
+
+
+@dataclass
+class _Luck:
+    """Ends a run that cannot succeed.
+
+    Refused prompts count only until something is answered, in this run or before: the next run meets all of them one
+    after another, as what was finished between them is not asked again, and has to get past them.
+    """
+
+    answered: bool
+    failures: int = 0
+    refused: int = 0
+
+    def succeeded(self) -> None:
+        self.answered, self.failures = True, 0
+
+    def failed(self, failure: Failure) -> None:
+        """Count a failure.
+
+        Raises:
+            SpecdecError: there were too many.
+        """
+        if not failure.of_prompt:
+            self.failures += 1
+        elif not self.answered:
+            self.refused += 1
+        if self.failures >= FAILURES_IN_A_ROW:
+            raise SpecdecError(
+                f"{self.failures} prompts in a row had no answer; the last reason: {failure.reason}. Finished answers "
+                "are kept"
+            )
+        if self.refused >= REFUSED_AT_FIRST:
+            raise SpecdecError(
+                f"all of the first {self.refused} prompts were refused; the last reason: {failure.reason}. If others "
+                "can be answered, put those first"
+            )
 
 
 def _replays(
@@ -307,6 +437,9 @@ def _replays(
         if replay.finished:  # killed between the last answer and its line
             book.finish(replay, settings)
             _note(report, replay, settings)
+            continue
+        if not asked.whole:
+            _note_failure(report, Failure(f"the prompt holds {HALF}", of_prompt=True))
             continue
         yield replay
 
@@ -375,12 +508,16 @@ class _Book:
     """The files of a run: finished rows, answers of unfinished ones, settings."""
 
     def __init__(self, out: Path, settings: RegenerateSettings) -> None:
-        self.settings_file = out.with_name(f"{out.name}.settings.json")
-        there = out.is_file() and out.stat().st_size > 0
-        self._check_settings(out, settings, there)
+        self.out, self.settings_file = out, out.with_name(f"{out.name}.settings.json")
+        partial = out.with_name(f"{out.name}.partial")
+        self._files = (out, partial)
+        ours = json.loads(json.dumps(asdict(settings)))
+        self._check_settings(ours)  # opening cuts a torn last line off, and these files may be somebody else's
         self._rows = JsonLines(out)
-        self._partial = JsonLines(out.with_name(f"{out.name}.partial"))
+        self._partial = JsonLines(partial)
         try:
+            self._check_settings(ours)  # until now another process may have begun
+            write_text(self.settings_file, json.dumps(ours, indent=2) + "\n")
             self.finished = {str(row.get("id")) for row in self._rows}
             self.answers: dict[str, list[Answer]] = {}
             self._unfinished: set[str] = set()
@@ -392,19 +529,23 @@ class _Book:
             self._close()
             raise
 
-    def _check_settings(self, out: Path, settings: RegenerateSettings, there: bool) -> None:
-        ours = json.loads(json.dumps(asdict(settings)))
-        if self.settings_file.is_file():
-            before = self._read_settings()
-            differing = [f"{name} {ours[name]!r} (before: {before.get(name)!r})"
-                         for name in ours if ours[name] != before.get(name)]  # fmt: skip
-            if there and differing:
-                raise SpecdecError(
-                    f"{out} was begun with other settings: {'; '.join(differing)}. Use those, or another --out"
-                )
-        elif there:
-            raise SpecdecError(f"{out} exists and was not written by this command; choose another --out")
-        write_text(self.settings_file, json.dumps(ours, indent=2) + "\n")
+    @property
+    def begun(self) -> bool:
+        """An answer has been kept, of a finished row or another."""
+        return any(file.is_file() and file.stat().st_size > 0 for file in self._files)
+
+    def _check_settings(self, ours: dict[str, Any]) -> None:
+        if not self.begun:
+            return
+        if not self.settings_file.is_file():
+            raise SpecdecError(f"{self.out} exists and was not written by this command; choose another --out")
+        before = self._read_settings()
+        differing = [f"{name} {ours[name]!r} (before: {before.get(name)!r})"
+                     for name in ours if ours[name] != before.get(name)]  # fmt: skip
+        if differing:
+            raise SpecdecError(
+                f"{self.out} was begun with other settings: {'; '.join(differing)}. Use those, or another --out"
+            )
 
     def _read_settings(self) -> dict[str, Any]:
         try:

@@ -24,7 +24,7 @@ from specdec.errors import BadCheckpoint, BadRecipe, SpecdecError
 from specdec.heads.layer import MLP, Attention
 from specdec.probe import target_of
 from specdec.target import Target
-from specdec.train.batch import Documents, TrainBatch
+from specdec.train.batch import Documents, TrainBatch, order_of
 from specdec.train.evaluate import Evaluator
 from specdec.train.feature_cache import CachedData
 from specdec.train.features import TargetFeatures, check_packing
@@ -37,7 +37,7 @@ from specdec.train.kinds.medusa import MedusaTraining
 from specdec.train.kinds.sequential import CloverTraining, HydraTraining, MLPSpeculatorTraining
 from specdec.train.loop import Loop, Score, StepReport
 from specdec.train.on_policy import Writing
-from specdec.train.order import Order, Piece
+from specdec.train.order import Piece
 from specdec.train.processes import accelerator_for
 from specdec.train.recipe import Recipe
 from specdec.train.recipe_loop import run_loop
@@ -248,7 +248,7 @@ def staged_source(training: HeadTraining, documents: Documents, recipe: Recipe) 
         return fixed
     if isinstance(documents, CachedData):
         raise BadRecipe("text that the target writes while training has no cached features; leave --features out")
-    order = Order(documents.lengths, data.row_length, loop.seed, packed=data.packed)
+    order = order_of(documents, data.row_length, loop.seed, packed=data.packed)
     writing = Writing(temperature=data.written_temperature, speculative=data.written_speculative)
     written = written_source(training, documents, order, writing)
     return TwoStages(fixed, written, round(data.written_from * loop.steps) * loop.rows_per_step)
@@ -257,7 +257,7 @@ def staged_source(training: HeadTraining, documents: Documents, recipe: Recipe) 
 def row_source(documents: Documents, recipe: Recipe) -> Callable[[list[int]], TrainBatch]:
     """Batches by row number."""
     settings, seed = recipe.data, recipe.loop.seed
-    order = Order(documents.lengths, settings.row_length, seed, packed=settings.packed)
+    order = order_of(documents, settings.row_length, seed, packed=settings.packed)
 
     def source(numbers: list[int]) -> TrainBatch:
         rows = [order.row(number) for number in numbers]

@@ -5,11 +5,15 @@
     FILE.parquet               a row group at a time
     FILE.csv, .tsv, .arrow     through datasets
     any other file             UTF-8 text: one document, a large file several
-    FOLDER                     saved by `Dataset.save_to_disk`; or JSON lines in it; or what `datasets.load_dataset`
+    FOLDER                     saved by `Dataset.save_to_disk`; or the JSON files in it; or what `datasets.load_dataset`
                                takes (Parquet, CSV, Arrow); or else all text files below it
     OWNER/NAME                 a data set of the hub, streamed
 
-JSON files and Parquet may be compressed with gzip (`.gz`).
+JSON files and text may be compressed with gzip (`.gz`).
+
+A null that JSON writes within a column is kept. In Parquet and in whatever comes through datasets, fields without a
+value are left out at every depth: Arrow gives all structs of a column the same fields, whether their rows have them or
+not.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +36,18 @@ TEXT_PIECE = 1 << 20
 CHUNK = 1 << 16
 ROWS_AT_ONCE = 256
 
+KINDS = {".parquet": "Parquet", ".csv": "CSV", ".tsv": "CSV", ".arrow": "Arrow"}
+"""What `datasets.load_dataset` reads in a folder."""
+
+COLUMNS = frozenset(("messages", "conversations", "prompt", "turns", "text", "content"))
+"""By one of these a .json file in a folder is known to be data, and no settings of a programme."""
+
+SPLITS = {
+    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+"""Words in names of files, and the splits that datasets knows them by."""
+
 
 @dataclass(frozen=True)
 class SourceRow:
@@ -39,27 +56,35 @@ class SourceRow:
     Attributes:
         place: file and line (or item, or row), for messages.
         fields: its columns, unchecked; columns without a value are left out.
+        unreadable: why it could not be read and has no fields; None of all others.
     """
 
     place: str
     fields: dict[str, Any]
+    unreadable: str | None = None
 
     def bad(self, what: object) -> BadData:
         """An error that begins with the place."""
         return BadData(f"{self.place}: {what}")
 
 
-def read_source(name: str | Path, *, split: str = "train") -> Iterator[SourceRow]:
+def read_source(name: str | Path, *, split: str = "train", keep_unreadable: bool = False) -> Iterator[SourceRow]:
     """The rows of one source, in order.
 
     Args:
         name: a file, a folder, or a data set of the hub.
         split: of sources that have splits.
+        keep_unreadable: go on behind a line that cannot be read, which comes as an `unreadable` row.
 
     Raises:
         BadData: at once when there is nothing of that name; while reading, with file and line, for what cannot be
             read.
     """
+    rows = _rows(name, split)
+    return rows if keep_unreadable else _readable(rows)
+
+
+def _rows(name: str | Path, split: str) -> Iterator[SourceRow]:
     path = Path(name).expanduser()
     if path.is_dir():
         return _folder(path, split)
@@ -68,6 +93,13 @@ def read_source(name: str | Path, *, split: str = "train") -> Iterator[SourceRow
     if isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _loaded(name, split, name)
     raise BadData(f"no data at {path}: there is no such file or folder")
+
+
+def _readable(rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
+    for row in rows:
+        if row.unreadable is not None:
+            raise row.bad(row.unreadable)
+        yield row
 
 
 def is_text(path: Path) -> bool:
@@ -108,22 +140,21 @@ def _json_lines(path: Path) -> Iterator[SourceRow]:
 
 
 def _json_row(place: str, line: bytes) -> SourceRow:
-    row = SourceRow(place, {})
     try:
-        fields = json.loads(line.decode("utf-8-sig"))
+        return _row(place, json.loads(line.decode("utf-8-sig")))
     except UnicodeDecodeError as error:
-        raise row.bad(f"not UTF-8 text ({error.reason} at byte {error.start} of the line)") from error
+        why = f"not UTF-8 text ({error.reason} at byte {error.start} of the line)"
     except json.JSONDecodeError as error:
-        raise row.bad(f"not JSON ({error.msg} at column {error.colno}); a line holds one JSON object") from error
+        why = f"not JSON ({error.msg} at column {error.colno}); a line holds one JSON object"
     except (ValueError, RecursionError) as error:
-        raise row.bad(f"not usable JSON ({error})") from error
-    return _row(place, fields)
+        why = f"not usable JSON ({error})"
+    return SourceRow(place, {}, why)
 
 
 def _row(place: str, fields: Any) -> SourceRow:
-    row = SourceRow(place, {})
     if not isinstance(fields, dict):
-        raise row.bad(f"got {shown(fields)}, expected one JSON object with columns such as messages or text")
+        why = f"got {shown(fields)}, expected one JSON object with columns such as messages or text"
+        return SourceRow(place, {}, why)
     return SourceRow(place, {name: value for name, value in fields.items() if value is not None})
 
 
@@ -151,8 +182,6 @@ def _json_array(path: Path) -> Iterator[SourceRow]:
     except json.JSONDecodeError as error:
         raise BadData(f"{path}: item {number}: not JSON ({error.msg}); the file is cut off or damaged") from error
     except (OSError, EOFError, ValueError, RecursionError) as error:
-        if isinstance(error, BadData):
-            raise
         raise BadData(f"{path}: item {number}: cannot be read ({error})") from error
 
 
@@ -194,16 +223,29 @@ def _parquet(path: Path) -> Iterator[SourceRow]:
     import pyarrow.lib
     import pyarrow.parquet
 
+    if path.suffix.lower() == ".gz":
+        raise BadData(f"{path}: Parquet is compressed within; unpack this file with gunzip")
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=ROWS_AT_ONCE):
             for fields in batch.to_pylist():
                 number += 1
-                yield _row(f"{path}: row {number}", fields)
+                yield _arrow_row(f"{path}: row {number}", fields)
     except (pyarrow.lib.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, BadData):
-            raise
         raise BadData(f"{path}: row {number + 1}: damaged Parquet file ({shown(str(error))})") from error
+
+
+def _arrow_row(place: str, fields: Any) -> SourceRow:
+    return _row(place, _unfilled(fields))
+
+
+def _unfilled(value: Any) -> Any:
+    """Without the nulls that fill up structs; those in lists were written on purpose."""
+    if isinstance(value, dict):
+        return {name: _unfilled(held) for name, held in value.items() if held is not None}
+    if isinstance(value, list):
+        return [_unfilled(held) if isinstance(held, dict | list) else held for held in value]
+    return value
 
 
 def _loaded(name: str, split: str, what: str, **files: Any) -> Iterator[SourceRow]:
@@ -214,9 +256,7 @@ def _loaded(name: str, split: str, what: str, **files: Any) -> Iterator[SourceRo
     try:
         loaded: Any = datasets.load_dataset(name, split=split, streaming=True, **files)
         for number, fields in enumerate(loaded, start=1):
-            yield _row(f"{what}: row {number}", dict(fields))
-    except BadData:
-        raise
+            yield _arrow_row(f"{what}: row {number}", dict(fields))
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BadData(f"{what}: row {number + 1}: datasets cannot load it: {reason}") from error
@@ -243,7 +283,7 @@ def _saved(path: Path, split: str) -> Iterator[SourceRow]:
     except (OSError, ValueError) as error:
         raise error if isinstance(error, BadData) else BadData(f"{path}: {shown(str(error))}") from error
     for number, fields in enumerate(loaded, start=1):
-        yield _row(f"{path}: row {number}", fields)
+        yield _arrow_row(f"{path}: row {number}", fields)
 
 
 # --- Folders, text -----------------------------------------------------------------------------------------
@@ -253,15 +293,55 @@ def _folder(path: Path, split: str) -> Iterator[SourceRow]:
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _saved(path, split)
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)]
-    lines = [file for file in files if _suffix(file) in (".jsonl", ".ndjson")]
-    if lines:
-        return (row for file in lines for row in _json_lines(file))
-    if any(_suffix(file) in (".parquet", ".csv", ".tsv", ".arrow") for file in files):
+    json_files = _json_files(files)
+    kinds = sorted(
+        {KINDS[_suffix(file)] for file in files if _suffix(file) in KINDS} | ({"JSON"} if json_files else set())
+    )
+    if len(kinds) > 1:
+        raise BadData(f"{path} holds {' and '.join(kinds)}, perhaps the same data twice; name the files to be read")
+    if json_files:
+        return (row for file in _of_split(json_files, path, split) for row in _file(file))
+    if kinds:
         return _loaded(str(path), split, str(path))
     texts = [file for file in files if _looks_like_text(file)]
     if not texts:
         raise BadData(f"{path} holds no text: no JSON lines, no Parquet, no text file")
     return (row for file in texts for row in _text(file))
+
+
+def _json_files(files: list[Path]) -> list[Path]:
+    """JSON lines, and .json files that hold data; all of these where nothing but a description stands beside them."""
+    known = [file for file in files if _suffix(file) in (".jsonl", ".ndjson") or _is_data(file)]
+    alone = all(_suffix(file) in (".json", ".md", "") for file in files)
+    return [file for file in files if _suffix(file) == ".json"] if alone and not known else known
+
+
+def _is_data(file: Path) -> bool:
+    """Whether it is a .json file whose first object has a column that examples are made of."""
+    if _suffix(file) != ".json":
+        return False
+    try:
+        with _open(file) as binary:
+            reader = _Text(binary)
+            reader.skip(" \t\r\n\ufeff[")
+            first = reader.value(json.JSONDecoder())
+    except (OSError, EOFError, ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and not COLUMNS.isdisjoint(first)
+
+
+def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    splits = {file: _split_of(file.relative_to(folder)) for file in files}
+    chosen = [file for file in files if splits[file] == SPLITS.get(split, split)]
+    if not chosen:
+        raise BadData(f"{folder} has no split {split!r}; it has {', '.join(sorted(set(splits.values())))}")
+    return chosen
+
+
+def _split_of(file: Path) -> str:
+    """The last split that the path names; files that name none are for training."""
+    named = [SPLITS[word] for word in re.findall("[a-z]+", str(file).lower()) if word in SPLITS]
+    return named[-1] if named else "train"
 
 
 def _hidden(file: Path, folder: Path) -> bool:

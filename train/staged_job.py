@@ -3,6 +3,7 @@
 OUT/architecture.json    the choice, and what it rests on
 OUT/pretrain/, OUT/continue/, OUT/align/
                          a run each, with the files of `train.job`
+OUT/align/reference/     the run of the token filter's reference, a stage of its own
 OUT/drafter              leads to the drafter of the last stage that has one
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from specdec.errors import BadRecipe
 from specdec.probe import target_of
 from specdec.train.architecture import Architecture, fresh_draft, sized
-from specdec.train.distill import SCRATCH, DraftSettings
+from specdec.train.distill import REFERENCE, SCRATCH, DraftSettings
 from specdec.train.fast_draft import Stage, architecture_of, fast_draft
-from specdec.train.job import FINISHED, NOTE, Hear, Job, StageReporter, finished_event, prompts_of
+from specdec.train.job import FINISHED, NOTE, Hear, Job, StageReporter, documents_of, finished_event, prompts_of
 from specdec.train.kinds.draft_model import DraftModelTraining
 from specdec.train.loop import Loop
 from specdec.train.prepare import open_prepared
@@ -71,6 +71,15 @@ def stage_recipe(recipe: Recipe, name: str) -> Recipe:
 def data_of_stages(job: Job) -> dict[str, Path]:
     """Prepared data of every stage of the run, in order."""
     return {**{name: job.stages[name] for name in STAGES if name in job.stages}, ALIGN: job.data}
+
+
+def stages_in_turn(recipes: dict[str, Recipe]) -> list[str]:
+    """Everything that trains, by its folder in OUT: the stages, each behind the reference that is distilled for it."""
+    names: list[str] = []
+    for name, recipe in recipes.items():
+        names += [f"{name}/{REFERENCE}"] if DraftSettings.of(recipe).distils_reference else []
+        names.append(name)
+    return names
 
 
 def chosen_architecture(
@@ -129,31 +138,34 @@ def run_stages(
         check_tokenizer(prepared.manifest, model)
     jobs = {name: replace(job, recipe=recipes[name], out=job.out / name, data=path, stages={})
             for name, path in data_of_stages(job).items()}  # fmt: skip
-    reporters = {name: StageReporter(own, name, list(data), accelerator, hear) for name, own in jobs.items()}
+    names = stages_in_turn(recipes)
+    reporters = {name: StageReporter(own, name, names, accelerator, hear) for name, own in jobs.items()}
+    references = {
+        name: StageReporter(replace(own, out=own.out / REFERENCE), f"{name}/{REFERENCE}", names, accelerator, hear)
+        for name, own in jobs.items()
+    }
     prompts = prompts_of(job, model, tokenizer, recipes[ALIGN], reporters[ALIGN])
+    stages = [
+        Stage(name, documents_of(job, prepared, model, recipes[name]), recipes[name],
+              {"sha256": prepared.manifest["sha256"]})
+        for name, prepared in data.items()
+    ]  # fmt: skip
     main = hear if accelerator.is_main_process else lambda _event: None
     made = chosen_architecture(job, model, job.out, main, accelerator)
-    stages = [
-        Stage(name, prepared, recipes[name], {"sha256": prepared.manifest["sha256"]}) for name, prepared in data.items()
-    ]
-    reached: list[str] = []
-
-    def restored(name: str) -> Callable[[Loop], None]:
-        reached.append(name)
-        return reporters[name].begin
-
     loop = fast_draft(
         model, stages, job.out, share=DraftSettings.of(job.recipe).fresh.share, architecture=made,
-        recompute=job.recompute, prompts=prompts, report=lambda name: reporters[name], restored=restored,
-        resume=not job.fresh, accelerator=accelerator,
+        recompute=job.recompute, prompts=prompts, report=lambda name: reporters[name],
+        report_reference=lambda name: references[name], restored=lambda name: reporters[name].begin,
+        restored_reference=lambda name: references[name].begin, resume=not job.fresh, accelerator=accelerator,
     )  # fmt: skip
     if accelerator.is_main_process:
-        hear(_finished(loop, job, reached[-1]))
+        hear(_finished(loop, job))
 
 
-def _finished(loop: Loop, job: Job, name: str) -> dict[str, Any]:
+def _finished(loop: Loop, job: Job) -> dict[str, Any]:
     """The end of the stage that was reached; OUT/drafter leads to its drafter, or to that of the stage before."""
     event, out = finished_event(loop, job), job.out
+    name = loop.checkpoints.folder.relative_to(out).as_posix()
     if event["drafter"] is not None:
         fresh = out / ".unfinished-drafter"
         fresh.unlink(missing_ok=True)

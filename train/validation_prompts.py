@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from specdec.errors import BadData
+from specdec.train.chat_template import readable
 from specdec.train.source import SourceRow, read_source
 
 COLUMNS = ("ids", "prompt", "text")
@@ -59,4 +60,7 @@ def _ids(row: SourceRow, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return value
     if not isinstance(value, str):
         raise row.bad(f"{column} is text")
-    return list(tokenizer(value)["input_ids"])
+    try:
+        return list(tokenizer(readable(value))["input_ids"])
+    except BadData as error:
+        raise row.bad(error) from error

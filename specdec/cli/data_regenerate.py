@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -24,7 +23,7 @@ from specdec.train.chat_template import ChatTemplate
 from specdec.train.encoding import Encoder
 from specdec.train.endpoint import EndpointAnswerer, Patience
 from specdec.train.in_process import InProcessAnswerer
-from specdec.train.regenerate import Answerer, Regenerated, RegenerateSettings, asked_of
+from specdec.train.regenerate import Answerer, Prompts, Regenerated, RegenerateSettings
 from specdec.train.regenerate import regenerate as regenerate_answers
 from specdec.train.source import read_source
 
@@ -65,6 +64,7 @@ Chat = Annotated[
     ),
 ]  # fmt: skip
 Seed = Annotated[int, typer.Option(help="Of temperatures and draws.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Pass over rows that ask nothing, and count them.")]
 
 
 def regenerate(
@@ -89,6 +89,7 @@ def regenerate(
     split: Split = "train",
     template: TemplateFile = None,
     template_option: TemplateOptions = None,
+    skip_bad: SkipBad = False,
     dtype: DtypeOption = Dtype.auto,
     device: Device = "auto",
     threads: Threads = None,
@@ -107,12 +108,14 @@ def regenerate(
     tokenizer = load_tokenizer(target) if target else None
     used = template_of(tokenizer, template, template_option) if tokenizer is not None else None
     talks = chat if chat is not None else tokenizer is None or used is not None
-    asked = _asked(prompts, split, limit, chat=talks, max_turns=max_turns)
+    rows = islice((row for source in prompts for row in read_source(source, split=split)), limit)
+    asked = Prompts(rows, chat=talks, max_turns=max_turns, skip_bad=skip_bad)
     settings = RegenerateSettings(
         model=str(model or target), temperatures=tuple(temperature or (0.0, 0.6, 1.0)), seed=seed,
         max_new_tokens=max_new_tokens, prompt_tokens=prompt_tokens, max_turns=max_turns,
         vocabulary=None if tokenizer is None else Encoder(tokenizer).vocabulary,
         template=None if used is None else used.sha256,
+        template_options=None if used is None else used.options or None,
     )  # fmt: skip
     answering: AbstractContextManager[Answerer]
     if target is not None and tokenizer is not None:
@@ -123,7 +126,7 @@ def regenerate(
         answering = _on_server(str(endpoint), str(model), api_key_env, concurrency, patience, settings)
     with answering as answerer:
         report = _regenerated(asked, answerer, out_file, settings, limit)
-    _print_regenerated(report, out_file, as_json)
+    _print_regenerated(report, asked, out_file, as_json)
     if report.failed:
         raise typer.Exit(FAILURE)
 
@@ -169,19 +172,17 @@ def _key(name: str | None) -> str | None:
     return None if name is None else os.environ[name]
 
 
-def _asked(sources: list[str], split: str, limit: int | None, *, chat: bool, max_turns: int) -> Iterator[Any]:
-    """What is asked, row by row, as it is read."""
-    rows = (row for source in sources for row in read_source(source, split=split))
-    return (asked_of(row, chat=chat, max_turns=max_turns) for row in islice(rows, limit))
-
-
 def _regenerated(
-    asked: Iterator[Any], answerer: Answerer, out_file: Path, settings: RegenerateSettings, limit: int | None
+    asked: Prompts, answerer: Answerer, out_file: Path, settings: RegenerateSettings, limit: int | None
 ) -> Regenerated:
     try:
         with counting("prompts", limit) as bar:
             return regenerate_answers(
-                asked, answerer, out_file, settings, tell=lambda r: bar.reach(r.found + r.finished + r.failed)
+                asked,
+                answerer,
+                out_file,
+                settings,
+                tell=lambda r: bar.reach(asked.bad + r.found + r.finished + r.failed),
             )
     except KeyboardInterrupt:
         typer.echo("", err=True)
@@ -189,9 +190,10 @@ def _regenerated(
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _print_regenerated(report: Regenerated, out_file: Path, as_json: bool) -> None:
+def _print_regenerated(report: Regenerated, asked: Prompts, out_file: Path, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"path": str(out_file), **asdict(report)}))
+        counts = {**asdict(report), "bad": asked.bad, "first_bad": asked.first_bad}
+        print(json.dumps({"path": str(out_file), **counts}))
     else:
         before = f", {report.found:,} were there already" if report.found else ""
         out.print(
@@ -199,5 +201,8 @@ def _print_regenerated(report: Regenerated, out_file: Path, as_json: bool) -> No
             f"cap{before}",
             soft_wrap=True,
         )
+    if asked.bad:
+        rows = "1 row was" if asked.bad == 1 else f"{asked.bad:,} rows were"
+        note(f"warning: {rows} passed over, the first because of {asked.first_bad}")
     if report.failed:
         note(f"{report.failed} prompts have no answer, the first because: {report.first_failure}; run again to retry")

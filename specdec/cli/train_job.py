@@ -47,8 +47,7 @@ def job_of(given: Given) -> tuple[Job, int]:
     _usage(lambda: check_use(given["kind"], given, online=False))
     recipe = _usage(lambda: _recipe(given))
     _usage(lambda: check_trackers(given.get("report_to", [])))
-    if given.get("hub"):
-        _usage(lambda: check_push(given["hub"]))
+    _usage(lambda: _check_hub(given))
     check_processes(given["processes"], _device_type(given["device"]), torch.cuda.device_count())
     sharing = _sharing(given["processes"])
     _usage(lambda: _check_fitted(recipe, sharing))
@@ -85,12 +84,19 @@ def _recipe(given: Given) -> Recipe:
             raise BadRecipe(
                 "--cut-from needs a size to cut to: --layers, --width, or --set head.cut.intermediate_size=N"
             )
+        if settings.draft == SCRATCH and "from" in given:
+            raise BadRecipe('--from and head.draft = "scratch" are two ways to begin; choose one')
         if settings.draft == SCRATCH and given.get("report_to"):
             raise BadRecipe("--report-to follows one run, and a draft from scratch is several; leave it out")
     if kind == MEDUSA_2:
         JointSettings.of(recipe)
         require_peft()
     return recipe
+
+
+def _check_hub(given: Given) -> None:
+    if "hub" in given:
+        check_push(given["hub"])
 
 
 def _check_fitted(recipe: Recipe, processes: int) -> None:
@@ -107,6 +113,7 @@ def online_job_of(given: Given) -> OnlineJob:
     """
     _usage(lambda: check_use(given["kind"], given, online=True))
     job = _usage(lambda: _online_job(given))
+    _usage(lambda: _check_hub(given))
     locate(job.target)
     return job
 

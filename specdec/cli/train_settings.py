@@ -112,6 +112,8 @@ def check_use(kind: str, given: Mapping[str, Any], *, online: bool) -> None:
         raise BadRecipe(f"{option_name(idle[0])} belongs to --online; say that, or leave it out")
     if kind != DRAFT_MODEL and (idle := [name for name in (*DRAFT_FLAGS, *SIZES) if name in given]):
         raise BadRecipe(f"{option_name(idle[0])} belongs to the kind {DRAFT_MODEL}, got {kind}; leave it out")
+    if kind == DRAFT_MODEL and "features" in given:
+        raise BadRecipe("a draft model reads no hidden states of the target; leave --features out")
     scratch = [name for name in ("share", "pretrain", "continue_on") if name in given]
     if scratch and "from_scratch" not in given:
         raise BadRecipe(f"{option_name(scratch[0])} belongs to --from-scratch; say that, or leave it out")

@@ -101,7 +101,7 @@ def test_a_fresh_head_passes_the_state_on_almost_unchanged() -> None:
     torch.manual_seed(0)
     head = CloverHead(CLOVER)
     table = torch.randn(V, D)
-    head.begin_as(table)
+    head.begin_as(table, table)
     assert head.lm_head is not None
     assert torch.equal(head.embed_tokens.weight, table)
     assert torch.equal(head.lm_head.weight, table)

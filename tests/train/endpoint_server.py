@@ -26,7 +26,7 @@ class Behaviour:
 
     failures: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     pause: float = 0.0
-    finish: str = "stop"
+    finish: str | None = "stop"
     message: dict[str, Any] = field(default_factory=dict)
     requests: list[tuple[str, dict[str, Any], dict[str, str]]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)

@@ -109,6 +109,30 @@ def test_answers_of_the_target_become_data_again(target: Path, source: Path, tmp
     assert json.loads(result.stdout)["forms"] == {"tokens": 5}
 
 
+def test_options_of_the_template_must_stay_as_they_were(target: Path, source: Path, tmp_path: Path):
+    command = ("regenerate", source, "--target", target, "--out", tmp_path / "a.jsonl", "-n", 4, "--limit", 1)
+    assert run(*command, "--template-option", "enable_thinking=false").exit_code == 0
+    result = run(*command)
+    assert result.exit_code == 1
+    assert "template_options None (before: {'enable_thinking': False})" in result.stderr
+
+
+def test_regenerate_passes_over_rows_that_ask_nothing(source: Path, tmp_path: Path):
+    source.write_text('{"q": 1}\n' + source.read_text())
+    with serving(Behaviour()) as url:
+        command = ("regenerate", source, "--endpoint", url, "--model", "tiny", "--out", tmp_path / "a.jsonl")
+        stopped = run(*command)
+        assert stopped.exit_code == 1
+        assert "chats.jsonl:1: expected messages" in stopped.stderr
+        assert "--skip-bad" in stopped.stderr
+        result = run(*command, "--skip-bad", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["finished"], told["bad"]) == (12, 1)
+    assert "chats.jsonl:1: expected messages" in told["first_bad"]
+    assert "warning: 1 row was passed over" in result.stderr
+
+
 def test_an_endpoint_answers_and_failures_end_with_status_1(source: Path, tmp_path: Path):
     behaviour = Behaviour(failures=[(400, {})])
     with serving(behaviour) as url:

@@ -96,7 +96,7 @@ def test_a_run_that_breaks_off_in_the_second_stage_ends_with_the_same_weights(tm
             assert isinstance(what, StepReport)
             heard.append(what.loss)
             if what.step == stop:
-                loops[0]._stopping = True
+                loops[0]._stop()
 
         train_head(
             recipe("data.written_from=0.5", *writing), shared_target(), data(), folder, report=report,

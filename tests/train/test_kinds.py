@@ -9,10 +9,12 @@ from typing import Any, cast
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, PreTrainedConfig
 
 from specdec.api import generate
 from specdec.drafters.load import load_drafter
 from specdec.errors import BadRecipe
+from specdec.heads.medusa import MedusaConfig, MedusaHead
 from specdec.probe import target_of
 from specdec.stats import DecodeStats
 from specdec.target import BEFORE_NORM
@@ -28,7 +30,7 @@ from specdec.train.kinds.sequential import CloverTraining, HydraTraining, MLPSpe
 from specdec.train.objective import Objective
 from specdec.train.order import Piece
 from specdec.train.prepared import MemoryData
-from tests.families import tiny_model
+from tests.families import sizes, tiny_model
 from tests.tiny import make_target
 
 PROMPT, LENGTH, TEXTS = 4, 36, 6
@@ -90,6 +92,49 @@ def learn(training: HeadTraining, steps: int = 150) -> list[float]:
         optimizer.step()
         losses.append(loss.item() / batch().num_supervised)
     return losses
+
+
+@pytest.mark.parametrize("config", [
+    CohereConfig(**sizes(logit_scale=0.25, tie_word_embeddings=False)), GraniteConfig(**sizes(logits_scaling=8.0)),
+], ids=["a factor", "a divisor"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("medusa with own matrices", lambda head: head.lm_heads[1]),
+        ("hydra", lambda head: head.heads[0].lm_head),
+        ("clover", lambda head: head.lm_head),
+        ("eagle3", lambda head: head.lm_head),
+    ],
+)
+def test_own_output_matrices_begin_with_the_logits_of_a_target_that_scales_them(
+    kind: str, own: Callable[[Any], torch.nn.Linear], config: PreTrainedConfig
+) -> None:
+    torch.manual_seed(0)
+    target = target_of(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+    training = KINDS[kind](target)
+    states = torch.randn(5, target.hidden_size)
+    torch.testing.assert_close(own(training.module)(states), target.logits_of(states))
+
+
+def test_medusa_heads_that_guess_chosen_tokens_learn_over_these() -> None:
+    torch.manual_seed(0)
+    size, vocabulary = target().hidden_size, target().vocab_size
+    chosen = torch.arange(0, vocabulary, 2)
+    head = MedusaHead(MedusaConfig(size, len(chosen), 2, output="own", token_map=True))
+    assert head.token_map is not None
+    head.token_map.copy_(chosen)
+    head.begin_as_target(target().logit_weight)
+    training = MedusaTraining(target(), head=head)
+    first, *_, last = learn(training, steps=40)
+    assert last < 0.7 * first
+    term = training.terms(batch(), Objective())[0]
+    laws = batch().laws(2)
+    known = torch.isin(laws.argmax(-1), chosen)
+    assert 0 < len(term.losses) == int(known.sum()) < len(laws)
+    states = batch().taps[training.taps[0]].float()[batch().drafts(2)]
+    logits = head.lm_heads[0](cast(Any, head.blocks[0])[0](states))
+    alone = Objective().term(1, logits[known], laws[known][:, chosen])
+    torch.testing.assert_close(term.losses, alone.losses)
 
 
 def prompts() -> list[list[int]]:

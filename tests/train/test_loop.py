@@ -16,10 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from specdec.errors import BadCheckpoint, BadRecipe
-from specdec.train.loop import Score, StepReport
+from specdec.errors import BadCheckpoint, BadRecipe, SpecdecError
+from specdec.train.checkpoint import Checkpoints
+from specdec.train.loop import Loop, Score, StepReport
 from specdec.train.loop_settings import LoopSettings
 from specdec.train.schedule import Schedule
+from tests.train.test_checkpoint import kills
 from tests.train.toy import make_loop
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +55,7 @@ def test_training_lowers_the_loss_and_raises_acceptance(tmp_path: Path) -> None:
 def test_a_resumed_run_ends_with_the_same_bytes(tmp_path: Path, stop: int) -> None:
     whole = run(tmp_path / "whole")
     loop = make_loop(tmp_path / "broken", reports=(heard := []))
-    loop.report = lambda report: (heard.append(report), setattr(loop, "_stopping", report.step == stop))[0]
+    loop.report = lambda report: (heard.append(report), report.step == stop and loop._stop())[0]
     assert loop.run() == stop
     rest = run(tmp_path / "broken")
     assert [r.loss for r in heard] + [r.loss for r in rest] == [r.loss for r in whole]
@@ -97,6 +99,26 @@ def test_a_truncated_checkpoint_is_named(tmp_path: Path, name: str) -> None:
         make_loop(tmp_path, steps=2).run()
 
 
+def ends_before_a_poisoned_step(folder: Path, **settings: Any) -> None:
+    """The loss of step 4 is a number and its gradient is none: weights and checkpoints stay those of step 3."""
+    loop = make_loop(folder, steps=6, rows_at_once=2, **settings)
+    backward = loop.accelerator.backward
+
+    def poisoned(loss: torch.Tensor) -> None:
+        backward(loss)
+        if loop.step == 3:
+            for parameter in loop._learning.module.parameters():
+                assert parameter.grad is not None
+                parameter.grad.mul_(torch.inf)
+
+    loop.accelerator.backward = poisoned  # type: ignore[method-assign]
+    with pytest.raises(BadRecipe, match=r"gradient's norm of step 4 is (nan|inf); nothing was saved after step 3"):
+        loop.run()
+    loop._gather()
+    assert same(weights_of(folder, 3), dict(loop.trainable.module.state_dict()))
+    assert make_loop(folder, steps=6, rows_at_once=2, **settings).run() == 6
+
+
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     loop = make_loop(tmp_path)
 
@@ -112,6 +134,42 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp
         loop.run()
     weights = weights_of(tmp_path, 2)
     assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_before_anything_learns_from_it(tmp_path: Path) -> None:
+    ends_before_a_poisoned_step(tmp_path)
+
+
+def test_an_error_while_saving_that_is_none_of_writing_passes_as_it_is(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, steps=2)
+
+    def save(_path: Path) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    loop.trainable.save = save  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match=r"^CUDA error"):
+        loop.run()
+
+
+SCORES = {1: 1.0, 2: 5.0, 3: 2.0, 4: 5.0}
+
+
+def scored(folder: Path) -> Loop:
+    loop = make_loop(folder, steps=4, evaluate_every=1, keep=1)
+    loop.evaluate = lambda _trainable: Score(SCORES[loop.step])
+    return loop
+
+
+def test_a_kill_at_any_moment_keeps_the_best_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        left = kills(patch, tmp_path / "run", tmp_path / "left")
+        scored(tmp_path / "run").run()
+    for folder in (tmp_path / "run", *left):
+        assert scored(folder).run() == 4
+        assert {"step-000002", "step-000004"} <= {path.name for path in Checkpoints(folder).all()}
+        assert (folder / "best").resolve().name == "step-000002"
+        assert (folder / "latest").resolve().name == "step-000004"
+        assert (folder / "drafter").resolve() == folder / "step-000002" / "drafter"
 
 
 def test_the_best_checkpoint_is_the_one_with_the_best_score(tmp_path: Path) -> None:
@@ -208,6 +266,53 @@ def test_two_processes_agree_with_one_to_rounding(tmp_path: Path, more: tuple[st
     assert all(one[step] == pytest.approx(two[step], rel=1e-5) for step in one)
     a, b = weights_of(tmp_path / "one", 8), weights_of(tmp_path / "two", 8)
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-4
+
+
+@pytest.mark.parametrize("where", ["_anybody", "_validate_and_save"])
+def test_a_signal_at_any_moment_ends_a_run_that_is_saved(tmp_path: Path, where: str) -> None:
+    loop = make_loop(tmp_path, steps=6, save_every=0)
+    healthy = getattr(loop, where)
+
+    def signalled(*values: Any) -> Any:
+        found = healthy(*values)
+        if loop.step == 2:
+            loop._stop()
+        return found
+
+    setattr(loop, where, signalled)
+    assert loop.run() == 3
+    assert loop.stopped
+    assert [path.name for path in loop.checkpoints.all()] == ["step-000003"]
+
+
+def test_a_signal_while_the_last_step_is_saved_is_told(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, steps=2)
+    save = loop.trainable.save
+    loop.trainable.save = lambda path: (save(path), loop.step == 2 and loop._stop())[0]  # type: ignore[method-assign]
+    assert loop.run() == 2
+    assert loop.stopped
+
+
+def test_what_one_process_has_heard_decides_nothing_until_all_agree(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, steps=3, save_every=0)
+    loop._anybody = lambda flag: flag and loop.step >= 2  # type: ignore[method-assign]
+    loop._stop()
+    assert loop.run() == 2
+    assert [path.name for path in loop.checkpoints.all()] == ["step-000002"]
+
+
+def test_the_same_run_started_twice_is_refused_and_leaves_the_first_alone(tmp_path: Path) -> None:
+    first, second = (make_loop(tmp_path, steps=3) for _ in range(2))
+    save = first.trainable.save
+
+    def saving(path: Path) -> None:
+        with pytest.raises(SpecdecError, match="another process is writing"):
+            second.run()
+        save(path)
+
+    first.trainable.save = saving  # type: ignore[method-assign]
+    assert first.run() == 3
+    assert second.run() == 3
 
 
 def test_sigterm_finishes_the_step_and_saves(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -511,6 +512,57 @@ def test_a_checkpoint_of_another_drafter_is_refused_in_one_line(tmp_path: Path):
     with pytest.raises(BadCheckpoint, match="other weights") as caught:
         LearningDrafter(DraftModelDrafter(target_of(wider)), FAST).restore(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_another_life_saves_in_the_same_folder_and_is_restored(tmp_path: Path):
+    for requests in ([0, 1, 2], [0]):
+        drafter = LearningDrafter(draft_model(), FAST)
+        for number in requests:
+            run(drafter, number)
+            drafter.finish()
+            path = drafter.save(tmp_path)
+            assert path == tmp_path / os.readlink(tmp_path / "latest")
+            assert (path / "drafter").is_dir()
+    restored = LearningDrafter(draft_model(), FAST)
+    restored.restore(tmp_path)
+    assert restored.learner.updates == 1
+
+
+def test_a_restored_drafter_learns_at_its_own_rate_with_the_moments_that_were_saved(tmp_path: Path):
+    first = LearningDrafter(draft_model(), FAST)
+    taus(first, [0, 1])
+    first.save(tmp_path)
+    rate = LearningRate(1e-6, weight_decay=0.5, beta1=0.8, beta2=0.99)
+    second = LearningDrafter(draft_model(), OnlineSettings(**{**vars(FAST), "learning": rate}))
+    fresh = copy.deepcopy(second.learner.optimizer.param_groups)
+    second.restore(tmp_path)
+    ours, theirs = (drafter.learner.optimizer for drafter in (second, first))
+    for group, before in zip(ours.param_groups, fresh, strict=True):
+        assert all(group[name] == before[name] for name in ("lr", "betas", "weight_decay"))
+    assert ours.param_groups[0]["lr"] == 1e-6
+    moments = [[state["exp_avg"] for state in optimizer.state.values()] for optimizer in (ours, theirs)]
+    assert moments[0]
+    assert same(*moments)
+
+
+def test_a_step_that_went_wrong_leaves_no_gradient_behind(monkeypatch: pytest.MonkeyPatch):
+    settings = OnlineSettings(**{**vars(FAST), "learn_every": 10**6, "rows_at_once": 1})
+    drafter = LearningDrafter(draft_model(), settings)
+    taus(drafter, [0, 1])
+    drafter.finish()
+    learning, calls = drafter.learner.learning, []
+    healthy = learning.terms
+
+    def terms(*values: Any) -> Any:
+        calls.append(values)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA out of memory")
+        return healthy(*values)
+
+    monkeypatch.setattr(learning, "terms", terms)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        drafter.learner.update([list(drafter.buffer.waiting)])
+    assert all(parameter.grad is None for parameter in learning.module.parameters())
 
 
 # --- What is refused ----------------------------------------------------------------------------------------

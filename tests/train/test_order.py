@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 
 import pytest
 import torch
 
 from specdec.errors import BadData
-from specdec.train.batch import PADDING, TrainBatch
+from specdec.train.batch import PADDING, TrainBatch, order_of
 from specdec.train.order import Order, Piece, derived_seed, fill
+from specdec.train.prepared import MemoryData
 from tests.train.toy import ROW_LENGTH, Texts
 
 LENGTHS = (5, 3, 30, 9, 2, 70, 1, 12)
@@ -56,6 +58,35 @@ def test_data_without_two_tokens_is_refused(lengths: tuple[int, ...]) -> None:
         Order(lengths, 16)
 
 
+def answered(length: int, answer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A text whose last `answer` tokens are supervised."""
+    return torch.arange(length), torch.arange(length) >= length - answer
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_of_long_documents_pieces_that_hold_a_prompt_alone_are_left_out(packed: bool) -> None:
+    """No step can then be without anything to learn."""
+    documents = MemoryData([answered(200, 20), answered(200, 8), answered(10, 2), answered(33, 1)])
+    order = order_of(documents, 32, seed=1, packed=packed)
+    kept = sorted((p.document, p.start) for row in order.rows_of(0) for p in row)
+    assert kept == [(0, 160), (0, 192), (1, 192), (2, 0)]  # a lone supervised token at a piece's start is not predicted
+    for row in order.rows_of(1):
+        assert TrainBatch.of_rows(documents, [row], [0], 32).num_supervised > 0
+
+
+def test_rows_too_short_for_anything_to_be_learned_are_refused() -> None:
+    with pytest.raises(BadData, match="in rows of 4 tokens nothing can be learned"):
+        order_of(MemoryData([answered(9, 1)]), 4, seed=1)
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5])
+def test_texts_shorter_than_what_is_looked_ahead_have_no_such_token(length: int) -> None:
+    texts = MemoryData([(torch.arange(length), torch.ones(length, dtype=torch.bool))])
+    batch = TrainBatch.of_rows(texts, [(Piece(0, 0, length),)], [0], length)
+    for ahead in range(1, 9):
+        assert int(batch.stands(ahead).sum()) == len(batch.tokens(ahead)) == max(length - ahead, 0)
+
+
 def test_derived_seeds_are_fixed_and_distinct() -> None:
     assert derived_seed(0, "rows", 1) == derived_seed(0, "rows", 1) == 1662069725463105427
     assert len({derived_seed(a, b, c) for a in range(5) for b in ("x", "y") for c in range(5)}) == 50
@@ -87,3 +118,14 @@ def test_what_a_position_predicts_stays_inside_its_document_and_is_supervised() 
         assert batch.drafts(ahead)[0].tolist() == expected
     assert not batch.drafts(ROW_LENGTH).any()
     assert batch.num_supervised == int(batch.drafts(1).sum()) > 0
+
+
+def test_seeds_of_long_texts_keep_none_of_them() -> None:
+    tracemalloc.start()
+    try:
+        for number in range(20):
+            derived_seed(0, "held out", f"{number}" + "x" * 100_000)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 100_000

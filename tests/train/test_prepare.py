@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,10 @@ def test_documents_that_teach_nothing_are_left_out_and_counted(tmp_path: Path):
         (json.dumps(chat(1)) + "\n", None, r"chats\.jsonl:1: these are conversations, .*no chat template"),
         (json.dumps(chat(1)) + "\n", chats.DIVERGING, r"chats\.jsonl:1: .*renders the history differently"),
         (json.dumps(chat(1)) + "\n", "{{ 'always the same' }}", r"no token of 1 usable rows is supervised"),
-        (json.dumps({"messages": [message("assistant", "Hello.")]}) + "\n", "{{ messages[0].content }}",
+        (json.dumps({"messages": [message("assistant", "Hello.")]}) + "\n", chats.CHATML,
+         r"chats\.jsonl:1: the assistant speaks without having been asked"),
+        (json.dumps(chat(1)) + "\n",
+         "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}",
          r"every one of the \d+ tokens of the conversations is supervised"),
     ],
 )  # fmt: skip
@@ -276,3 +280,28 @@ def test_a_character_of_several_tokens_is_shown_whole():
     assert len(ids) == 4, "one character of four byte tokens"
     assert plain(segments(tokenizer, ids, [True] * 4)) == "⟦𝄞⟧"
     assert "\ufffd" in plain(segments(tokenizer, ids[:2], [True] * 2))
+
+
+def test_lines_that_cannot_be_read_are_passed_over_and_counted(tmp_path: Path):
+    path = tmp_path / "chats.jsonl"
+    half = json.dumps({"messages": [message("user", "ok \ud83d"), message("assistant", "Yes.")]})
+    path.write_text("".join(f"{line}\n" for line in [json.dumps(chat(1)), "broken", half, json.dumps(chat(2))]))
+    counts = prepared(path, tmp_path / "out", skip_bad=True, holdout=0.0)
+    assert (counts.bad, counts.documents) == (2, 2)
+
+
+def test_rows_that_begin_alike_are_not_divided(tmp_path: Path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": chats.TEXT * 3}) + "\n" for _ in range(6)))
+    counts = prepared(path, tmp_path / "out", None, holdout=0.02)
+    assert (counts.documents, counts.held_out) == (6, 0)
+    assert "nothing is held out: all rows begin alike" in counts.warnings
+
+
+def test_the_work_of_a_neighbour_and_of_a_living_process_is_left_alone(tmp_path: Path):
+    neighbour, living = tmp_path / f".unfinished-out-long-{os.getppid()}", tmp_path / f".unfinished-out-{os.getppid()}"
+    dead = tmp_path / ".unfinished-out-4194999"
+    for folder in (neighbour, living, dead):
+        folder.mkdir()
+    prepared(chats_file(tmp_path), tmp_path / "out")
+    assert (neighbour.is_dir(), living.is_dir(), dead.is_dir()) == (True, True, False)

@@ -22,11 +22,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from specdec.errors import BadRecipe, UnsupportedModel
+from specdec.errors import BadCheckpoint, BadRecipe, UnsupportedModel
 from specdec.train.distill import DEFAULT_RECIPE, DraftSettings, starting_draft, train_draft_model
 from specdec.train.importance import calibration_rows, chosen, cut_by_importance, measure_importance
 from specdec.train.prepared import MemoryData
 from specdec.train.prune import Sizes, cut, everything
+from specdec.train.recipe import Recipe
 from tests.tiny import make_target
 
 SIZES: dict[str, Any] = {
@@ -180,17 +181,25 @@ def test_calibration_takes_beginnings_from_all_over_the_data() -> None:
     assert max(map(len, rows)) == 5
 
 
-def test_a_draft_cut_from_its_target_is_kept_for_a_resumed_run_and_learns(tmp_path: Path) -> None:
-    model = make_target(seed=2)
+def texts() -> MemoryData:
     generator = torch.Generator().manual_seed(3)
-    data = MemoryData([(torch.randint(3, 100, (20,), generator=generator), torch.arange(20) > 3) for _ in range(16)])
-    recipe = DEFAULT_RECIPE.changed(
+    return MemoryData([(torch.randint(3, 100, (20,), generator=generator), torch.arange(20) > 3) for _ in range(16)])
+
+
+def cutting(*, draft: object = "target", steps: int = 1, **head: Any) -> Recipe:
+    """The recipe of a run that begins with a cut."""
+    return DEFAULT_RECIPE.changed(
         {
-            "loop": {"steps": 30, "rows_per_step": 4, "rows_at_once": 4, "warmup": 0, "learning_rate": 3e-3},
+            "loop": {"steps": steps, "rows_per_step": 4, "rows_at_once": 4, "warmup": 0, "learning_rate": 3e-3},
             "data": {"row_length": 40},
-            "head": {"draft": "target", "cut": {"num_layers": 2, "intermediate_size": 48}},
+            "head": {"draft": str(draft), **head},
         }
     )
+
+
+def test_a_draft_cut_from_its_target_is_kept_for_a_resumed_run_and_learns(tmp_path: Path) -> None:
+    model, data = make_target(seed=2), texts()
+    recipe = cutting(steps=30, cut={"num_layers": 2, "intermediate_size": 48})
     heard: list[Any] = []
     loop = train_draft_model(recipe, model, data, tmp_path, report=heard.append)
     draft: Any = loop.trainable.module
@@ -199,3 +208,45 @@ def test_a_draft_cut_from_its_target_is_kept_for_a_resumed_run_and_learns(tmp_pa
     again = starting_draft(DraftSettings.of(recipe), model, MemoryData([]), tmp_path, recipe)  # needs no text any more
     assert again.config.num_hidden_layers == 2
     assert model.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("draft", ["target", "larger"])
+def test_a_cut_that_nothing_has_learned_from_is_made_again(tmp_path: Path, draft: str) -> None:
+    model, data = make_target(seed=2), texts()
+    make_target(seed=2, num_hidden_layers=6).save_pretrained(tmp_path / "larger")
+    first = cutting(cut={"num_layers": 2})
+    starting_draft(DraftSettings.of(first), model, data, tmp_path / "run", first)
+    other = cutting(draft=draft if draft == "target" else tmp_path / draft, cut={"num_layers": 3})
+    again = starting_draft(DraftSettings.of(other), model, data, tmp_path / "run", other)
+    alone = starting_draft(DraftSettings.of(other), model, data, tmp_path / "other", other)
+    assert again.config.num_hidden_layers == 3
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), alone.parameters(), strict=True))
+
+
+def test_a_cut_that_a_checkpoint_rests_on_stays_and_another_one_is_refused(tmp_path: Path) -> None:
+    model, data, out = make_target(seed=2), texts(), tmp_path / "run"
+    for name, seed in (("draft", 3), ("moved", 3), ("unlike", 4)):
+        make_target(seed=seed).save_pretrained(tmp_path / name)
+    train_draft_model(cutting(draft=tmp_path / "draft", cut={"num_layers": 2}), model, data, out)
+    before = {file: file.read_bytes() for file in (out / "start").iterdir()}
+    for name, layers in (("draft", 3), ("unlike", 2)):
+        other = cutting(draft=tmp_path / name, cut={"num_layers": layers})
+        with pytest.raises(
+            BadCheckpoint, match=rf"start was cut from .*draft to .*2.*asks for .*{name} and .*{layers}"
+        ):
+            train_draft_model(other, model, data, out)
+    train_draft_model(cutting(draft=tmp_path / "moved", cut={"num_layers": 2}), model, data, out)  # the same weights
+    assert {file: file.read_bytes() for file in (out / "start").iterdir()} == before
+
+
+def test_a_checkpoint_of_the_filters_reference_keeps_the_cut(tmp_path: Path) -> None:
+    def stop(_report: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, data = make_target(seed=2), texts()
+    filtered = {"keep_share": 0.5, "cut": {"num_layers": 2}}
+    with pytest.raises(KeyboardInterrupt):
+        train_draft_model(cutting(**filtered), model, data, tmp_path, report=stop)
+    with pytest.raises(BadCheckpoint, match="start was cut from target"):
+        train_draft_model(cutting(cut={"num_layers": 3}), model, data, tmp_path)
+    assert train_draft_model(cutting(**filtered), model, data, tmp_path).step == 1

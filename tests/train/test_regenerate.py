@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from specdec.train.regenerate import (
     Answer,
     Asked,
     Failure,
+    Prompts,
     Regenerated,
     RegenerateSettings,
     Request,
@@ -111,6 +113,29 @@ def test_a_prompt_is_a_question_to_a_chat_model_and_a_beginning_to_a_base_model(
 def test_rows_that_ask_nothing_are_named(fields: dict[str, Any]):
     with pytest.raises(BadData, match=r"^here:1: (nothing is asked|expected messages)"):
         asked(**fields)
+
+
+@pytest.mark.parametrize("placeholder", ["", None, 7])
+def test_answers_that_are_replaced_may_be_anything(placeholder: Any):
+    assert asked(messages=[A, message("assistant", placeholder), B]).turns == ((A,), (B,))
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": placeholder}, {"from": "human", "value": "b"}]
+    assert asked(conversations=talk).turns == ((A,), (B,))
+    assert asked(prompt=[A, {"role": "assistant"}, B]).turns == ((A,), (B,))
+
+
+def test_what_follows_a_call_of_a_tool_may_be_anything():
+    assert asked(messages=[A, message("assistant", "", tool_calls=["broken"]), message("user", "")]).turns == ((A,),)
+    assert asked(messages=[A, message("tool", ""), "broken"]).turns == ((A,),)
+
+
+def test_unusable_rows_are_named_or_passed_over_and_counted():
+    sources = [SourceRow(f"here:{n}", fields) for n, fields in enumerate([{"text": "a"}, {"q": 1}, {"text": "b"}])]
+    with pytest.raises(BadData, match=r"^here:1: expected messages.*--skip-bad"):
+        list(Prompts(sources))
+    prompts = Prompts(sources, skip_bad=True)
+    assert list(prompts) == [Asked(text="a"), Asked(text="b")]
+    assert prompts.bad == 1
+    assert str(prompts.first_bad).startswith("here:1: ")
 
 
 # --- The run --------------------------------------------------------------------------------------------------
@@ -209,6 +234,97 @@ def test_nothing_but_failures_ends_the_run_and_keeps_what_there_is(tmp_path: Pat
     with pytest.raises(SpecdecError, match=r"20 prompts in a row had no answer; .*it is down"):
         regenerate((question(number) for number in range(10_000)), answerer, tmp_path / "out", SETTINGS)
     assert len(rows(tmp_path / "out")) == 1
+
+
+TOO_LONG = Failure("too long", of_prompt=True)
+
+
+def fourth_is_refused(request: Request) -> Failure | None:
+    return TOO_LONG if int(request.messages[-1]["content"][9:-2]) % 4 == 0 else None
+
+
+def test_prompts_that_are_always_refused_do_not_keep_a_run_from_going_on(tmp_path: Path):
+    """Going on meets all earlier refusals in a row: what was finished between them is not asked again."""
+    questions = [question(number) for number in range(100)]
+    assert regenerate(questions, Scripted(fourth_is_refused), tmp_path / "out", SETTINGS).failed == 25
+    more = [*questions, question(101)]
+    report = regenerate(more, Scripted(fourth_is_refused, room=1), tmp_path / "out", SETTINGS)
+    assert (report.found, report.finished, report.failed) == (75, 1, 25)
+
+
+def test_refusals_between_failures_of_the_server_do_not_hide_that_it_is_down(tmp_path: Path):
+    def down(request: Request) -> Failure:
+        return fourth_is_refused(request) or Failure("it is down")
+
+    with pytest.raises(SpecdecError, match="20 prompts in a row"):
+        regenerate([question(n) for n in range(100)], Scripted(down, room=1), tmp_path / "out", SETTINGS)
+
+
+def test_a_run_in_which_every_prompt_is_refused_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("specdec.train.regenerate.REFUSED_AT_FIRST", 30)
+    answerer = Scripted(lambda _: TOO_LONG)
+    with pytest.raises(SpecdecError, match=r"all of the first 30 prompts were refused; the last reason: too long"):
+        regenerate((question(number) for number in range(10_000)), answerer, tmp_path / "out", SETTINGS)
+    assert len(answerer.asked) == 30
+
+
+def test_half_a_character_in_a_prompt_fails_alone(tmp_path: Path):
+    half = Asked(((message("user", "ok \ud83d"),),))
+    answerer = Scripted()
+    report = regenerate([half, Asked(text="\ud83d"), question(1)], answerer, tmp_path / "out", SETTINGS)
+    assert (report.finished, report.failed, len(answerer.asked)) == (1, 2, 1)
+    assert "half a character" in str(report.first_failure)
+
+
+def test_kept_answers_of_an_unfinished_conversation_have_settings_too(tmp_path: Path):
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        regenerate([question(1, turns=2)], breaking_after(1), out, SETTINGS)
+    assert not rows(out)
+    with pytest.raises(SpecdecError, match=r"other settings: model 'new' \(before: 'tiny'\)"):
+        regenerate([question(1, turns=2)], Scripted(), out, replace(SETTINGS, model="new"))
+    assert regenerate([question(1, turns=2)], Scripted(), out, SETTINGS).answers == 2
+
+
+def test_nothing_kept_may_be_gone_on_with_by_any_settings(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt):
+        regenerate([question(1)], breaking_after(0), tmp_path / "out", SETTINGS)
+    assert regenerate([question(1)], Scripted(), tmp_path / "out", replace(SETTINGS, model="new")).finished == 1
+
+
+def test_options_of_the_template_are_settings(tmp_path: Path):
+    regenerate([question(1)], Scripted(), tmp_path / "out", SETTINGS)
+    other = replace(SETTINGS, template_options={"enable_thinking": False})
+    with pytest.raises(SpecdecError, match=r"template_options {'enable_thinking': False}"):
+        regenerate([question(1)], Scripted(), tmp_path / "out", other)
+
+
+def test_settings_of_before_there_were_options_of_the_template_are_gone_on_with(tmp_path: Path):
+    regenerate([question(1)], Scripted(), tmp_path / "out", SETTINGS)
+    file = tmp_path / "out.settings.json"
+    before = {name: value for name, value in json.loads(file.read_text()).items() if name != "template_options"}
+    file.write_text(json.dumps(before))
+    assert regenerate([question(1)], Scripted(), tmp_path / "out", SETTINGS).found == 1
+
+
+def test_a_writer_that_is_refused_leaves_the_settings_alone(tmp_path: Path):
+    out = tmp_path / "out.jsonl"
+
+    def second(_request: Request) -> None:
+        with pytest.raises(SpecdecError, match="another process is writing"):
+            regenerate([question(1)], Scripted(), out, replace(SETTINGS, model="new"))
+
+    regenerate([question(1)], Scripted(second), out, SETTINGS)
+    assert regenerate([question(1)], Scripted(), out, SETTINGS).found == 1
+
+
+def test_a_file_of_somebody_else_is_left_as_it_is(tmp_path: Path):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"text": "no line break at the end"}')
+    with pytest.raises(SpecdecError, match="was not written by this command"):
+        regenerate([question(1)], Scripted(), mine, SETTINGS)
+    assert mine.read_text() == '{"text": "no line break at the end"}'
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
 
 
 def test_other_settings_another_file_or_another_writer_are_refused(tmp_path: Path):
@@ -326,6 +442,20 @@ def test_a_prompt_beyond_the_targets_positions_fails_alone(model: Any, tmp_path:
     assert "the target takes 160" in str(report.first_failure)
 
 
+def test_a_long_prompt_takes_no_room_from_those_beside_it(model: Any, tmp_path: Path):
+    """The model has 160 positions; a prompt of about 90 tokens leaves fewer than the others may use."""
+    questions = [question(1), Asked(((message("user", "word " * 50),),)), Asked(((message("user", "so " * 30),),))]
+    found = {}
+    for batch_size in (1, 3):
+        answerer = in_process(model, batch_size=batch_size, max_new_tokens=100)
+        regenerate(questions, answerer, tmp_path / str(batch_size), settings_of(max_new_tokens=100))
+        found[batch_size] = {row["id"]: row["turns"] for row in rows(tmp_path / str(batch_size))}
+    assert found[1] == found[3]
+    lengths = sorted((len(turn["prompt_ids"]), len(turn["answer_ids"])) for (turn,) in found[3].values())
+    assert lengths[0][1] == 100
+    assert all(read + written == 160 for read, written in lengths[1:])
+
+
 def test_thinking_is_told_apart_from_the_answer():
     assert split_reasoning("plain") == ("plain", None)
     assert split_reasoning("<think>\nhm\n</think>\n\nyes") == ("yes", "hm")
@@ -432,6 +562,51 @@ def test_an_empty_answer_or_a_tool_call_is_no_answer(tmp_path: Path):
         assert through(url, tmp_path / "a", [question(1)]).first_failure == "the answer is empty"
     with serving(Behaviour(message={"content": "", "tool_calls": [{}]})) as url:
         assert "called a tool" in str(through(url, tmp_path / "b", [question(1)]).first_failure)
+
+
+@pytest.mark.parametrize("word", ["abort", "error", None])
+def test_an_answer_that_broke_off_is_asked_for_again(tmp_path: Path, word: str | None):
+    behaviour = Behaviour(finish=word)
+    with serving(behaviour) as url:
+        report = through(url, tmp_path / "out", [question(1)], concurrency=1)
+    assert (report.finished, report.failed, len(behaviour.requests)) == (0, 1, 4)
+    assert f"finish_reason is {word!r}" in str(report.first_failure)
+
+
+def test_an_answer_that_was_filtered_is_no_answer(tmp_path: Path):
+    behaviour = Behaviour(finish="content_filter")
+    with serving(behaviour) as url:
+        report = through(url, tmp_path / "out", [question(1)], concurrency=1)
+    assert (report.failed, len(behaviour.requests)) == (1, 1)
+    assert "finish_reason is 'content_filter'" in str(report.first_failure)
+
+
+def test_an_answer_ends_where_its_server_says_so(tmp_path: Path):
+    for word, finish in (("stop", "stop"), ("tool_calls", "stop"), ("length", "length")):
+        with serving(Behaviour(finish=word)) as url:
+            through(url, tmp_path / word, [question(1)])
+        assert rows(tmp_path / word)[0]["finish"] == [finish]
+
+
+@pytest.mark.parametrize("message", [{"content": "ok \ud83d"}, {"content": "ok", "reasoning_content": "\ud83d"}])
+def test_half_a_character_in_an_answer_is_no_answer(tmp_path: Path, message: dict[str, Any]):
+    with serving(Behaviour(message=message)) as url:
+        report = through(url, tmp_path / "out", [question(1)])
+    assert (report.finished, report.failed) == (0, 1)
+    assert "half a character" in str(report.first_failure)
+
+
+@pytest.mark.parametrize(("status", "of_prompt"), [(400, True), (422, True), (402, False), (500, False), (501, False)])
+def test_failures_are_of_the_prompt_or_of_the_server(status: int, of_prompt: bool):
+    patience = Patience(retries=0, timeout=5)
+    with (
+        serving(Behaviour(failures=[(status, {})])) as url,
+        EndpointAnswerer(url, "tiny", patience=patience, concurrency=1) as answerer,
+    ):
+        answerer.submit(Request("key", 0, (A,), (), None, 0.0, 0))
+        ((_, outcome),) = answerer.wait()
+    assert isinstance(outcome, Failure)
+    assert outcome.of_prompt == of_prompt
 
 
 KILLED = """

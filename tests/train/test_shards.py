@@ -20,6 +20,7 @@ from specdec.train.on_policy import MixedSource, TextShares, Writing
 from specdec.train.order import Order
 from specdec.train.shards import Shards, load_moments, whole_state
 from tests.tiny import make_target
+from tests.train.test_loop import ends_before_a_poisoned_step
 from tests.train.toy import make_loop
 
 
@@ -114,9 +115,13 @@ def losses(folder: Path, stop: int = 0, **settings: Any) -> list[float]:
     """Of a run's steps, broken off after one of them or not."""
     reports: list[Any] = []
     loop = make_loop(folder, reports=reports, steps=6, **settings)
-    loop.report = lambda report: (reports.append(report), setattr(loop, "_stopping", report.step == stop))[0]
+    loop.report = lambda report: (reports.append(report), report.step == stop and loop._stop())[0]
     loop.run()
     return [report.loss for report in reports]
+
+
+def test_a_gradient_in_shards_that_is_no_number_ends_the_run(alone: None, tmp_path: Path) -> None:
+    ends_before_a_poisoned_step(tmp_path, fsdp=True)
 
 
 def test_a_loop_in_shards_learns_saves_and_goes_on_as_a_whole_one(alone: None, tmp_path: Path) -> None:

@@ -219,3 +219,57 @@ def test_reading_stops_where_nobody_asks_for_more(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n{"text": "b"}\nbroken\n')
     assert [row.fields["text"] for row in itertools.islice(read_source(path), 2)] == ["a", "b"]
+
+
+# --- Nulls of Arrow, lines that cannot be read, folders ---------------------------------------------------
+
+
+def calls(**arguments: Any) -> dict[str, Any]:
+    call = {"function": {"name": "weather", "arguments": arguments}}
+    return {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+
+def test_what_arrow_fills_in_is_no_argument_and_what_json_says_is_one(tmp_path: Path):
+    """Structs of a column have all fields of all rows there."""
+    rows = [calls(city="Bern"), calls(zone="CET")]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    for path in (tmp_path / "rows.parquet", tmp_path / "saved"):
+        found = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in fields(path)]
+        assert found == [{"city": "Bern"}, {"zone": "CET"}]
+    written = calls(city="Bern", zone=None)
+    assert fields(lines(tmp_path / "rows.jsonl", [written])) == [written]
+
+
+def test_lines_that_cannot_be_read_can_be_passed_over(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "a"}\nbroken\n\xff\xfe\n[1]\n{"text": "b"}\n')
+    rows = list(read_source(path, keep_unreadable=True))
+    assert [row.fields.get("text") for row in rows] == ["a", None, None, None, "b"]
+    assert [row.unreadable is None for row in rows] == [True, False, False, False, True]
+    for row in rows[1:4]:
+        with pytest.raises(BadData, match=r"rows\.jsonl:[234]: "):
+            example_of(row)
+    with pytest.raises(BadData, match=r"rows\.jsonl:2: not JSON"):
+        fields(path)
+
+
+def test_json_files_of_a_folder_are_data_and_not_text(tmp_path: Path):
+    (tmp_path / "chats.json").write_text(json.dumps(TEXTS))
+    (tmp_path / "README.md").write_text("what this is")
+    assert fields(tmp_path) == TEXTS
+
+
+def test_a_folder_of_splits_gives_the_one_that_is_asked_for(tmp_path: Path):
+    lines(tmp_path / "train.jsonl", TEXTS[:1])
+    lines(tmp_path / "test.jsonl", TEXTS[1:])
+    assert (fields(tmp_path), fields(tmp_path, split="test")) == (TEXTS[:1], TEXTS[1:])
+    with pytest.raises(BadData, match="has no split 'validation'; it has test, train"):
+        fields(tmp_path, split="validation")
+
+
+def test_a_folder_of_two_kinds_is_refused(tmp_path: Path):
+    lines(tmp_path / "rows.jsonl", TEXTS)
+    datasets.Dataset.from_list(TEXTS).to_parquet(str(tmp_path / "rows.parquet"))
+    with pytest.raises(BadData, match="holds JSON and Parquet, perhaps the same data twice"):
+        fields(tmp_path)

@@ -213,3 +213,72 @@ def test_a_tokenizer_that_does_not_know_characters_is_refused():
     tokenizer.__class__ = type("Slow", (type(tokenizer),), {"is_fast": False})
     with pytest.raises(BadData, match=r"tokenizer\.json"):
         Encoder(tokenizer)
+
+
+# --- What is said before the first question, parts, half characters, ends ---------------------------------
+
+CLOSED = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+CLOSED += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% else %}{{ '</s>' }}{% endif %}"
+READS_PARTS = """{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.content is string -%}
+{{ m.content }}{% else %}{% for part in m.content %}{% if 'image' in part %}{{ '<image>' }}{% else -%}
+{{ part.text }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor -%}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def test_what_the_assistant_says_unasked_is_context():
+    (document,) = encode(chats.CHATML, [message("assistant", "Hello."), *TURNS[:2]])
+    assert supervised_texts(document) == ["It is four.<|im_end|>"]
+    assert "Hello." in chats.tokenizer().decode(document.ids)
+    with pytest.raises(BadData, match="without having been asked"):
+        encode(chats.CHATML, [message("assistant", "Hello.")])
+
+
+def in_parts(messages: list[dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
+    return [{**m, "content": [{"type": "text", "text": m["content"][:4], **more},
+                              {"type": "text", "text": m["content"][4:], **more}]} for m in messages]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", [chats.LLAMA3, chats.CHATML, READS_PARTS], ids=["prints", "refuses", "reads"])
+def test_content_in_parts_is_the_text_that_it_is_in_one(template: str):
+    (parts,), (whole,) = encode(template, in_parts(TURNS)), encode(template, TURNS)
+    assert (parts.ids, parts.supervised) == (whole.ids, whole.supervised)
+
+
+def test_fields_of_a_part_without_a_value_are_none():
+    """Arrow fills them in; a template that asks for them would see an image."""
+    (filled,), (whole,) = encode(READS_PARTS, in_parts(TURNS, image=None)), encode(READS_PARTS, TURNS)
+    assert filled.ids == whole.ids
+
+
+def test_an_image_is_refused_where_the_template_reads_no_parts():
+    image = {**TURNS[0], "content": [{"type": "image", "url": "a.png"}]}
+    with pytest.raises(BadData, match="reads no list as content of the role user"):
+        encode(chats.LLAMA3, [image, TURNS[1]])
+
+
+@pytest.mark.parametrize("example", [
+    PlainText("ok \ud83d"), Conversation((TURNS[0], message("assistant", "ok \ud83d"))),
+])  # fmt: skip
+def test_half_a_character_is_bad_data(example: PlainText | Conversation):
+    with pytest.raises(BadData, match=r"U\+D83D, half of a surrogate pair"):
+        Encoder(chats.tokenizer(chats.CHATML), 100).encode(example)
+
+
+def test_a_token_that_only_closes_the_text_is_not_learned():
+    """The target stops at the end of its turn; nobody asks it for what the template puts behind the last one."""
+    (document,) = encode(CLOSED, TURNS)
+    assert supervised_texts(document) == ["It is four.<|im_end|>", "Five, please.<|im_end|>"]
+
+
+@pytest.mark.parametrize("said", ["im", "It is"])
+def test_an_answer_without_an_end_has_none_whatever_it_says(said: str):
+    (document,) = encode(chats.CHATML, [*TURNS[:2], TURNS[2], message("assistant", said)], finish=["stop", "length"])
+    assert supervised_texts(document) == ["It is four.<|im_end|>", said]
+
+
+def test_thinking_that_was_cut_off_has_no_end():
+    cut = {**message("assistant", ""), "reasoning_content": "two and"}
+    (document,) = encode(chats.THINKING, [TURNS[0], cut], finish=["length"])
+    (text,) = supervised_texts(document)
+    assert text.endswith("two and")
+    assert "</think>" not in text

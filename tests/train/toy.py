@@ -41,6 +41,10 @@ class Texts:
         supervised = torch.arange(len(ids)) >= len(ids) // 3
         return Document(ids[piece.start : piece.stop], supervised[piece.start : piece.stop])
 
+    def supervised(self, piece: Piece) -> torch.Tensor:
+        """Which of them are supervised."""
+        return self.piece(piece).supervised
+
 
 class Linears:
     """Two heads on the last hidden state; head d predicts token t + 1 + d. With dropout, so that noise matters."""

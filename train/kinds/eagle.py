@@ -160,7 +160,7 @@ class Eagle3Training(HeadTraining):
         head = cast(Eagle3Head, self.module)
         if head.lm_head is not None:
             guesses = head.to_token_ids(torch.arange(head.guessed, device=self.target.device))
-            head.lm_head.weight.copy_(cast(Any, self.target.lm_head).weight[guesses])
+            head.lm_head.weight.copy_(self.target.logit_weight[guesses])
 
     def choose_vocabulary(self, counts: Counter[int]) -> None:
         """Let the head guess the most frequent tokens of the supervised text; low ids fill up what was never seen."""

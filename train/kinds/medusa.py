@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from specdec.heads.medusa import MedusaConfig, MedusaHead, Output
@@ -44,21 +45,25 @@ class MedusaTraining(HeadTraining):
     ) -> None:
         if head is None:
             head = MedusaHead(MedusaConfig(target.hidden_size, target.vocab_size, num_heads, num_layers, output=output))
-            head.begin_as_target(cast(Any, target.lm_head).weight)
+            head.begin_as_target(target.logit_weight)
         super().__init__(target, head, (target.num_layers,), options)
 
     def terms(self, batch: TrainBatch, objective: Objective) -> list[Term]:
-        """One term for each head, at the positions whose guessed token is supervised."""
+        """One term for each head, at the positions whose guessed token is supervised.
+
+        Heads with a token map are held to laws over what they can guess, where the target's favourite is among it.
+        """
         head = cast(MedusaHead, self.module)
         hidden = batch.taps[self.taps[0]].float()
-        return [
-            objective.term(
-                depth,
-                self.logits(hidden[batch.drafts(depth + 1)], partial(self._logits, head, depth - 1)),
-                self.laws(batch, depth + 1),
-            )
-            for depth in range(1, head.config.num_heads + 1)
-        ]
+        terms = []
+        for depth in range(1, head.config.num_heads + 1):
+            logits = self.logits(hidden[batch.drafts(depth + 1)], partial(self._logits, head, depth - 1))
+            laws = self.laws(batch, depth + 1)
+            if head.token_map is not None:
+                known = torch.isin(laws.argmax(-1), head.token_map)
+                logits, laws = logits[known], laws[known][:, head.token_map]
+            terms.append(objective.term(depth, logits, laws))
+        return terms
 
     def _logits(self, head: MedusaHead, index: int, hidden: Tensor) -> Tensor:
         """What one head says: [M, V] for states [M, D]."""

@@ -101,7 +101,7 @@ class HydraTraining(SequentialTraining):
         if head is None:
             layer = LayerConfig.of(target.config) if prefix else None
             head = HydraHead(HydraConfig(target.hidden_size, target.vocab_size, num_heads, num_layers, prefix=layer))
-            head.begin_as(cast(Any, target.lm_head).weight)
+            head.begin_as(target.logit_weight)
         super().__init__(target, head, feature_weight=feature_weight, options=options)
 
 
@@ -129,7 +129,7 @@ class CloverTraining(SequentialTraining):
         if head is None:
             config = CloverConfig(LayerConfig.of(target.config), target.vocab_size, num_heads, num_layers)
             head = CloverHead(config)
-            head.begin_as(cast(Any, target.lm_head).weight)
+            head.begin_as(cast(Any, target.lm_head).weight, target.logit_weight)
         super().__init__(target, head, feature_weight=feature_weight, options=options)
 
 
