@@ -222,8 +222,10 @@ def asked_of(row: SourceRow, *, chat: bool = True, max_turns: int = 0) -> Asked:
         max_turns: answers wanted at most; 0 for all.
 
     Raises:
-        BadData: none of these columns, or nothing is asked; begins with file and line.
+        BadData: unreadable, none of these columns, or nothing is asked; begins with file and line.
     """
+    if row.unreadable is not None:
+        raise row.bad(row.unreadable)
     fields = row.fields
     try:
         for column in ("messages", "conversations"):

@@ -108,7 +108,7 @@ def regenerate(
     tokenizer = load_tokenizer(target) if target else None
     used = template_of(tokenizer, template, template_option) if tokenizer is not None else None
     talks = chat if chat is not None else tokenizer is None or used is not None
-    rows = islice((row for source in prompts for row in read_source(source, split=split)), limit)
+    rows = islice((row for source in prompts for row in read_source(source, split=split, keep_unreadable=True)), limit)
     asked = Prompts(rows, chat=talks, max_turns=max_turns, skip_bad=skip_bad)
     settings = RegenerateSettings(
         model=str(model or target), temperatures=tuple(temperature or (0.0, 0.6, 1.0)), seed=seed,

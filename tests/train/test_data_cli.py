@@ -118,7 +118,7 @@ def test_options_of_the_template_must_stay_as_they_were(target: Path, source: Pa
 
 
 def test_regenerate_passes_over_rows_that_ask_nothing(source: Path, tmp_path: Path):
-    source.write_text('{"q": 1}\n' + source.read_text())
+    source.write_text('{"q": 1}\nbroken\n' + source.read_text())
     with serving(Behaviour()) as url:
         command = ("regenerate", source, "--endpoint", url, "--model", "tiny", "--out", tmp_path / "a.jsonl")
         stopped = run(*command)
@@ -128,9 +128,9 @@ def test_regenerate_passes_over_rows_that_ask_nothing(source: Path, tmp_path: Pa
         result = run(*command, "--skip-bad", "--json")
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert (told["finished"], told["bad"]) == (12, 1)
+    assert (told["finished"], told["bad"]) == (12, 2)
     assert "chats.jsonl:1: expected messages" in told["first_bad"]
-    assert "warning: 1 row was passed over" in result.stderr
+    assert "warning: 2 rows were passed over" in result.stderr
 
 
 def test_an_endpoint_answers_and_failures_end_with_status_1(source: Path, tmp_path: Path):

@@ -136,6 +136,26 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(tmp
     assert all(value.isfinite().all() for value in weights.values())
 
 
+def test_the_gradient_is_divided_by_the_steps_tokens_after_the_backward_pass(tmp_path: Path) -> None:
+    """Before it, what pushes improbable tokens down would lie below the least float16 of a target's output matrix."""
+    loop = make_loop(tmp_path, steps=1, rows_at_once=2)
+    backward = loop.accelerator.backward
+    losses: list[float] = []
+    reports: list[StepReport | Score] = []
+
+    def kept(loss: torch.Tensor) -> None:
+        losses.append(float(loss.detach()))
+        backward(loss)
+
+    loop.accelerator.backward = kept  # type: ignore[method-assign]
+    loop.report = reports.append
+    tokens = sum(batch.num_supervised for batch in loop._batches())
+    loop.run()
+    (report,) = [report for report in reports if isinstance(report, StepReport)]
+    assert report.loss == pytest.approx(sum(losses) / tokens)
+    assert report.gradient_norm < report.loss  # of the mean loss: that of the sum is some hundred times as large
+
+
 def test_a_gradient_that_is_no_number_ends_the_run_before_anything_learns_from_it(tmp_path: Path) -> None:
     ends_before_a_poisoned_step(tmp_path)
 
