@@ -161,8 +161,8 @@ class ChatTemplate:
     ) -> int:
         """The end of what the message says: where more of it would stand. Where that is not to be seen, the start."""
         longer = self.render((*history, _longer(message)), tools)
-        end = longer.find(_PROBE, start)
-        return end if end >= 0 and text[:end] == longer[:end] else start
+        end = longer.rfind(_PROBE)  # the last one: an answer may say the same word
+        return end if end >= start and text[:end] == longer[:end] else start
 
     def _marked(self, row: Rendered, conversation: Conversation, last: int) -> Rendered:
         """With the template's own marks of the row that ends in message `last`."""

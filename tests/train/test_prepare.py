@@ -20,6 +20,7 @@ from specdec.train.order import Piece
 from specdec.train.prepare import Prepared, held_out_prompts, open_prepared, prepare
 from specdec.train.prepared import PreparedData, PreparedWriter, check_tokenizer
 from specdec.train.preview import coloured, plain, segments
+from specdec.train.validation_prompts import read_prompts
 from tests.train import chats
 from tests.train.chats import message
 
@@ -195,6 +196,13 @@ def test_bad_rows_are_passed_over_only_when_asked_to(tmp_path: Path):
     assert "chats.jsonl:2" in counts.warnings[-1]
 
 
+def test_prompts_that_no_tokenizer_reads_are_named_with_their_line(tmp_path: Path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "What?"}) + "\n" + json.dumps({"prompt": "ok \ud83d"}) + "\n")
+    with pytest.raises(BadData, match=r"prompts\.jsonl:2: .*U\+D83D"):
+        read_prompts(path, chats.tokenizer(), 340)
+
+
 def test_almost_nothing_supervised_is_warned_of_with_numbers(tmp_path: Path):
     path = tmp_path / "chats.jsonl"
     rows = [{"messages": [message("user", f"{n} " + chats.TEXT * 20), message("assistant", "4")]} for n in range(3)]
@@ -296,6 +304,30 @@ def test_rows_that_begin_alike_are_not_divided(tmp_path: Path):
     counts = prepared(path, tmp_path / "out", None, holdout=0.02)
     assert (counts.documents, counts.held_out) == (6, 0)
     assert "nothing is held out: all rows begin alike" in counts.warnings
+
+
+def test_rows_that_begin_like_the_first_are_held_out_with_it(tmp_path: Path):
+    path = tmp_path / "completions.jsonl"
+    rows = [{"prompt": prompt, "completion": f" It is {n}."} for n, prompt in enumerate(("one", "two", "one", "three"))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = prepared(path, tmp_path / "out", None, holdout=0.001)
+    assert (counts.documents, counts.held_out) == (2, 2)
+    assert all(text.startswith("one") for text in texts(open_prepared(tmp_path / "out", "held-out")))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_one_row_is_left_to_train_on_whatever_is_held_out(tmp_path: Path, count: int):
+    for seed in range(3):
+        counts = prepared(chats_file(tmp_path, count), tmp_path / str(seed), holdout=0.99, seed=seed)
+        assert (counts.documents, counts.held_out) == (1, count - 1)
+
+
+def test_completions_without_a_prompt_begin_with_themselves(tmp_path: Path):
+    path = tmp_path / "completions.jsonl"
+    rows = [{"prompt": "", "completion": f"{n} {chats.TEXT}"} for n in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counts = prepared(path, tmp_path / "out", None, holdout=0.5)
+    assert 1 < counts.held_out < 19
 
 
 def test_the_work_of_a_neighbour_and_of_a_living_process_is_left_alone(tmp_path: Path):

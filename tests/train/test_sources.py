@@ -258,6 +258,28 @@ def test_json_files_of_a_folder_are_data_and_not_text(tmp_path: Path):
     (tmp_path / "chats.json").write_text(json.dumps(TEXTS))
     (tmp_path / "README.md").write_text("what this is")
     assert fields(tmp_path) == TEXTS
+    lines(tmp_path / "more.jsonl", ROWS)
+    (tmp_path / "dataset_infos.json").write_text('{"default": {"features": {}}}')
+    assert fields(tmp_path) == [*TEXTS, *ROWS]
+
+
+def test_json_files_of_a_folder_that_hold_no_rows_are_refused_as_when_named(tmp_path: Path):
+    (tmp_path / "chat.json").write_text(json.dumps({"question": "a"}, indent=2))
+    with pytest.raises(BadData, match=r"chat\.json:1: not JSON"):
+        fields(tmp_path)
+
+
+def test_settings_among_source_code_are_text(tmp_path: Path):
+    (tmp_path / "a.py").write_text("one")
+    (tmp_path / "package.json").write_text('{"name": "b"}')
+    assert fields(tmp_path) == [{"text": "one"}, {"text": '{"name": "b"}'}]
+
+
+def test_parquet_in_gzip_is_refused_with_what_to_do(tmp_path: Path):
+    path = tmp_path / "rows.parquet.gz"
+    path.write_bytes(gzip.compress(b"PAR1"))
+    with pytest.raises(BadData, match="unpack this file with gunzip"):
+        fields(path)
 
 
 def test_a_folder_of_splits_gives_the_one_that_is_asked_for(tmp_path: Path):

@@ -226,9 +226,13 @@ READS_PARTS = """{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' }}{
 
 
 def test_what_the_assistant_says_unasked_is_context():
-    (document,) = encode(chats.CHATML, [message("assistant", "Hello."), *TURNS[:2]])
-    assert supervised_texts(document) == ["It is four.<|im_end|>"]
-    assert "Hello." in chats.tokenizer().decode(document.ids)
+    with_default = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.' }}{% endif %}" + chats.CHATML
+    for template in (chats.CHATML, with_default):
+        greeted = [message("assistant", "Hello."), *TURNS[:2]]
+        (document,) = encode(template, greeted, finish=["stop", "stop"])
+        assert supervised_texts(document) == ["It is four.<|im_end|>"]
+        prompt = rendered(template, greeted[:2], add_generation_prompt=True)
+        assert chats.tokenizer().decode(document.prompt) == prompt
     with pytest.raises(BadData, match="without having been asked"):
         encode(chats.CHATML, [message("assistant", "Hello.")])
 
@@ -270,7 +274,7 @@ def test_a_token_that_only_closes_the_text_is_not_learned():
     assert supervised_texts(document) == ["It is four.<|im_end|>", "Five, please.<|im_end|>"]
 
 
-@pytest.mark.parametrize("said", ["im", "It is"])
+@pytest.mark.parametrize("said", ["im", "It is", "It is probed, and"])
 def test_an_answer_without_an_end_has_none_whatever_it_says(said: str):
     (document,) = encode(chats.CHATML, [*TURNS[:2], TURNS[2], message("assistant", said)], finish=["stop", "length"])
     assert supervised_texts(document) == ["It is four.<|im_end|>", said]
@@ -282,3 +286,10 @@ def test_thinking_that_was_cut_off_has_no_end():
     (text,) = supervised_texts(document)
     assert text.endswith("two and")
     assert "</think>" not in text
+
+
+def test_a_call_that_was_cut_off_is_not_learned():
+    """Where it stopped cannot be told from what the template makes of it."""
+    call = {"function": {"name": "add", "arguments": {"left": 2}}}
+    (document,) = encode(chats.THINKING, [TURNS[0], message("assistant", "", tool_calls=[call])], finish=["length"])
+    assert not any(document.supervised)
