@@ -64,7 +64,7 @@ Chat = Annotated[
     ),
 ]  # fmt: skip
 Seed = Annotated[int, typer.Option(help="Of temperatures and draws.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Pass over rows that ask nothing, and count them.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Pass over rows that cannot be used, and count them.")]
 
 
 def regenerate(
