@@ -25,6 +25,7 @@ from typing import Any, Literal, Protocol
 
 from specdec.errors import BadData, SpecdecError
 from specdec.json_lines import JsonLines, write_text
+from specdec.train.chat_template import readable
 from specdec.train.example import CUT, SPEAKERS, Message, messages_of, tools_of
 from specdec.train.order import derived_seed
 from specdec.train.source import SourceRow, shown
@@ -130,8 +131,8 @@ HALF = "half a character (a lone surrogate), which no text can hold"
 def is_whole(text: str) -> bool:
     """Whether UTF-8 can hold a text: JSON can spell half a surrogate pair, which no tokenizer takes."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
+        readable(text)
+    except BadData:
         return False
     return True
 
