@@ -27,6 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from specdec.errors import BadData
 from specdec.train.example import Conversation, Message
 
+HALF = "half a character (a lone surrogate), which no text can hold"
+
 _PROBE = "probed"
 """Text that is looked for in what a template renders."""
 
@@ -226,6 +228,15 @@ def readable(text: str) -> str:
         half = f"U+{ord(text[error.start]):04X}"
         raise BadData(f"character {error.start + 1} of the text is {half}, half of a surrogate pair") from error
     return text
+
+
+def is_readable(text: str) -> bool:
+    """Whether UTF-8 can hold a text: JSON can spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        readable(text)
+    except BadData:
+        return False
+    return True
 
 
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:

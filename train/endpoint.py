@@ -20,8 +20,9 @@ from types import TracebackType
 from typing import Any
 
 from specdec.errors import SpecdecError
+from specdec.train.answerer import Answer, Failure, Finish, Request
+from specdec.train.chat_template import HALF, is_readable
 from specdec.train.in_process import split_reasoning
-from specdec.train.regenerate import HALF, Answer, Failure, Finish, Request, is_whole
 from specdec.train.source import shown
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -226,7 +227,7 @@ class EndpointAnswerer:
 def _usable(answer: Answer) -> Answer | Failure:
     if not answer.content and not answer.reasoning:
         return Failure("the answer is empty", of_prompt=True)
-    if not is_whole(f"{answer.content}{answer.reasoning or ''}"):
+    if not is_readable(f"{answer.content}{answer.reasoning or ''}"):
         return Failure(f"the answer holds {HALF}", of_prompt=True)
     return answer
 

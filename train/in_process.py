@@ -11,8 +11,8 @@ from specdec.api import generate
 from specdec.drafters.load import load_drafter
 from specdec.errors import BadData
 from specdec.probe import target_of
+from specdec.train.answerer import Answer, Failure, Request
 from specdec.train.chat_template import ChatTemplate
-from specdec.train.regenerate import Answer, Failure, Request
 
 BATCHES_AHEAD = 8
 """Requests held back for each place in a batch, so that batches of about equal lengths can be made."""

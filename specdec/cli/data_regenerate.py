@@ -19,11 +19,14 @@ from specdec.cli.data_options import Limit, Sources, Split, TemplateFile, Templa
 from specdec.cli.model import dtype_of, load_model, load_tokenizer
 from specdec.cli.options import ON_OR_OFF, Device, DrafterOrNone, Dtype, DtypeOption, Json, Threads, within
 from specdec.cli.progress import counting
+from specdec.train.answerer import Answerer
+from specdec.train.asked import Prompts
 from specdec.train.chat_template import ChatTemplate
 from specdec.train.encoding import Encoder
 from specdec.train.endpoint import EndpointAnswerer, Patience
+from specdec.train.exchange import RegenerateSettings
 from specdec.train.in_process import InProcessAnswerer
-from specdec.train.regenerate import Answerer, Prompts, Regenerated, RegenerateSettings
+from specdec.train.regenerate import Regenerated
 from specdec.train.regenerate import regenerate as regenerate_answers
 from specdec.train.source import read_source
 

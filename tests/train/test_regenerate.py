@@ -21,21 +21,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec.errors import BadData, SpecdecError
 from specdec.json_lines import JsonLines
+from specdec.train.answerer import Answer, Failure, Request
+from specdec.train.asked import Asked, Prompts, asked_of
 from specdec.train.encoding import Encoder
 from specdec.train.endpoint import EndpointAnswerer, Patience
 from specdec.train.example import TokenTurns, example_of
+from specdec.train.exchange import RegenerateSettings
 from specdec.train.in_process import InProcessAnswerer, split_reasoning
-from specdec.train.regenerate import (
-    Answer,
-    Asked,
-    Failure,
-    Prompts,
-    Regenerated,
-    RegenerateSettings,
-    Request,
-    asked_of,
-    regenerate,
-)
+from specdec.train.regenerate import Regenerated, regenerate
 from specdec.train.source import SourceRow, read_source
 from tests.train import chats
 from tests.train.chats import message
@@ -613,7 +606,8 @@ KILLED = """
 import sys
 from pathlib import Path
 from specdec.train.endpoint import EndpointAnswerer
-from specdec.train.regenerate import RegenerateSettings, regenerate
+from specdec.train.exchange import RegenerateSettings
+from specdec.train.regenerate import regenerate
 from tests.train.test_regenerate import question
 print("ready", flush=True)
 answerer = EndpointAnswerer(sys.argv[1], "tiny", concurrency=1)
