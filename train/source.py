@@ -176,13 +176,17 @@ def _json_array(path: Path) -> Iterator[SourceRow]:
             while True:
                 reader.skip(" \t\r\n,")
                 if reader.buffer.startswith("]"):
-                    return
+                    reader.buffer = reader.buffer[1:]
+                    break
                 number += 1
                 yield _row(f"{path}: item {number}", reader.value(decoder))
+            reader.skip(" \t\r\n")
     except json.JSONDecodeError as error:
         raise BadData(f"{path}: item {number}: not JSON ({error.msg}); the file is cut off or damaged") from error
     except (OSError, EOFError, ValueError, RecursionError) as error:
         raise BadData(f"{path}: item {number}: cannot be read ({error})") from error
+    if reader.buffer:
+        raise BadData(f"{path}: something follows the array: {shown(reader.buffer)}")
 
 
 class _Text:

@@ -12,12 +12,16 @@ from types import FrameType
 def on_stop(act: Callable[[], None]) -> Iterator[None]:
     """In this block the first signal of each kind calls `act` alone; elsewhere than in the main thread, none does."""
 
+    # Known before the first handler is put up, as a signal may come between the two.
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
     def stop(number: int, _frame: FrameType | None) -> None:
         act()
         signal.signal(number, previous[signal.Signals(number)])
 
     try:
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in previous:
+            signal.signal(number, stop)
     except ValueError:  # not in the main thread: whoever runs us there handles signals
         yield
         return

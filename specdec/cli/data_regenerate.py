@@ -106,6 +106,8 @@ def regenerate(
     Example: specdec data regenerate chats.jsonl --target path/to/target --out answers.jsonl
     """
     _one_of(target, endpoint, model)
+    if endpoint is not None and (template is not None or template_option):
+        raise typer.BadParameter("the server uses its own template", param_hint="--template, --template-option")
     if threads:
         torch.set_num_threads(threads)
     tokenizer = load_tokenizer(target) if target else None

@@ -151,6 +151,8 @@ def test_an_endpoint_answers_and_failures_end_with_status_1(source: Path, tmp_pa
         (["--target", "a", "--endpoint", "http://x"], "either --target PATH or --endpoint URL"),
         (["--endpoint", "http://x"], "--model"),
         (["--endpoint", "http://x", "--model", "m", "--api-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY is not set"),
+        (["--endpoint", "http://x", "--model", "m", "--template", __file__], "the server uses its own"),
+        (["--endpoint", "http://x", "--model", "m", "--template-option", "a=1"], "the server uses its own"),
         (["--target", "a", "--temperature", "0.5", "--template-option", "x"], "no model"),
     ],
 )

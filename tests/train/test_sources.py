@@ -84,6 +84,15 @@ def test_an_array_that_is_cut_off_is_named_with_the_item(tmp_path: Path):
         fields(path)
 
 
+def test_what_follows_an_array_is_not_passed_over_in_silence(tmp_path: Path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "one"}]\n\n')
+    assert len(list(read_source(path))) == 1
+    path.write_text('[{"text": "one"}]\n[{"text": "two"}]')
+    with pytest.raises(BadData, match=r"a\.json: something follows the array: '\[\{"):
+        list(read_source(path))
+
+
 def test_damaged_gzip_is_named(tmp_path: Path):
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:-20])
