@@ -37,12 +37,12 @@ from specdec.train.distill import DEFAULT_RECIPE, train_draft_model
 from specdec.train.evaluate import Evaluator
 from specdec.train.features import TargetFeatures
 from specdec.train.kinds.draft_model import DraftModelTraining
-from specdec.train.loop import Score, StepReport
 from specdec.train.objective import Objective
 from specdec.train.on_policy import Writing, continued
 from specdec.train.order import Piece
 from specdec.train.prepared import MemoryData
 from specdec.train.recipe import Recipe
+from specdec.train.report import Score, StepReport
 
 DIVERGENCES = ("forward-kl", "reverse-kl", "jsd:0.5", "tv")
 SOURCES = ("fixed", "target", "draft")

@@ -53,9 +53,9 @@ from specdec.train.features import stored_taps
 from specdec.train.joint import HEADS, head_recipe, train_medusa2
 from specdec.train.kinds.draft_model import DraftModelTraining
 from specdec.train.kinds.head import HeadTraining
-from specdec.train.loop import Score, StepReport
 from specdec.train.prepared import PreparedData, write_prepared
 from specdec.train.recipe import DRAFT_MODEL, MEDUSA_2, Recipe, recipe_for
+from specdec.train.report import Score, StepReport
 from specdec.train.run import make_training, train_head
 
 TEMPERATURES = (0.0, 0.7, 1.0, 1.0)

@@ -41,12 +41,13 @@ from specdec.train.checkpoint import Checkpoints
 from specdec.train.features import TargetFeatures, check_packing
 from specdec.train.importance import calibration_rows, cut_by_importance
 from specdec.train.kinds.draft_model import DraftModelTraining, save_model
-from specdec.train.loop import Loop, Score, StepReport
+from specdec.train.loop import Loop
 from specdec.train.on_policy import MixedSource, TextShares, Writing
 from specdec.train.prepared import unfinished_folder
 from specdec.train.prune import Sizes
 from specdec.train.recipe import DEFAULTS, DRAFT_MODEL, Recipe, laid_over
 from specdec.train.recipe_loop import run_loop
+from specdec.train.report import Score, StepReport
 from specdec.train.run import evaluator, row_source
 
 TARGET, SCRATCH = "target", "scratch"

@@ -12,7 +12,7 @@ from specdec.api import SpeculativeOutput, generate
 from specdec.drafter import Drafter
 from specdec.errors import BadData
 from specdec.stats import DecodeStats
-from specdec.train.loop import Score
+from specdec.train.report import Score
 from specdec.train.trainable import Trainable
 
 

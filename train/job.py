@@ -40,11 +40,12 @@ from specdec.train.joint import (
     train_medusa2,
 )
 from specdec.train.kinds.draft_model import DraftModelTraining
-from specdec.train.loop import Loop, Score, StepReport
+from specdec.train.loop import Loop
 from specdec.train.plan import checkpoint_bytes, target_bytes
 from specdec.train.prepare import held_out_prompts, open_prepared
 from specdec.train.prepared import PreparedData, check_tokenizer
 from specdec.train.recipe import DRAFT_MODEL, MEDUSA_2, Recipe
+from specdec.train.report import Score, StepReport
 from specdec.train.run import make_training, train_head
 from specdec.train.run_log import RunLog
 from specdec.train.run_starts import RUN, add_start, circumstances

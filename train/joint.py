@@ -37,10 +37,11 @@ from specdec.train.features import check_packing
 from specdec.train.kinds.draft_model import save_model
 from specdec.train.kinds.medusa import MedusaTraining
 from specdec.train.kinds.medusa2 import JointWeights, Medusa2Training
-from specdec.train.loop import Loop, Score, StepReport
+from specdec.train.loop import Loop
 from specdec.train.prepared import unfinished_folder
 from specdec.train.recipe import DEFAULTS, MEDUSA_2, Recipe, laid_over
 from specdec.train.recipe_loop import run_loop
+from specdec.train.report import Score, StepReport
 from specdec.train.run import check_drafts, evaluator, make_training, row_source, train_head
 from specdec.train.tokenizer_files import copy_tokenizer
 from specdec.train.trainable import Trainable

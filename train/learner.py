@@ -27,8 +27,8 @@ from specdec.heads.kinds import HEADS
 from specdec.target import Target
 from specdec.train.batch import TrainBatch
 from specdec.train.learning_model import LearningModel
-from specdec.train.loop import parameter_groups
 from specdec.train.objective import Objective, Term
+from specdec.train.parameter_groups import parameter_groups
 from specdec.train.passage import Passage, lay_out
 from specdec.train.run import HEADS as TRAININGS
 

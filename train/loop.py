@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +29,9 @@ from specdec.train.checkpoint import BEST, LATEST, WEIGHTS, Checkpoints, check_i
 from specdec.train.loop_settings import FREE_SETTINGS, LoopSettings
 from specdec.train.objective import Objective, Term
 from specdec.train.order import derived_seed
+from specdec.train.parameter_groups import parameter_groups
 from specdec.train.processes import accelerator_for
+from specdec.train.report import Score, StepReport, Totals
 from specdec.train.schedule import Schedule
 from specdec.train.shards import Shards, load_moments, whole_state
 from specdec.train.stop_signals import on_stop
@@ -43,42 +45,6 @@ One that lets the drafter in training write has `reads_weights(numbers)`, which 
 
 Features = Callable[[TrainBatch], TrainBatch]
 """Adds what the target computes."""
-
-
-@dataclass
-class StepReport:
-    """What one optimizer step did, over all processes.
-
-    Attributes:
-        step: finished steps, this one included.
-        loss: weighted sum of all terms over supervised tokens.
-        supervised: tokens that the loss was divided by.
-        tokens: all tokens of the step's rows, without padding.
-        terms: mean loss of each term by name.
-        alpha: mean acceptance sum min(p, q) by depth, on the data's own prefixes.
-        agreement: share of positions where the most probable tokens agree, by depth.
-        gradient_norm: before clipping.
-        seconds: wall-clock time.
-    """
-
-    step: int
-    loss: float
-    supervised: int
-    terms: dict[str, float] = field(default_factory=dict)
-    alpha: list[float] = field(default_factory=list)
-    agreement: list[float] = field(default_factory=list)
-    gradient_norm: float = 0.0
-    learning_rate: float = 0.0
-    seconds: float = 0.0
-    tokens: int = 0
-
-
-@dataclass
-class Score:
-    """A validation: `value` decides which checkpoint is the best (tau), `details` are logged."""
-
-    value: float
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 class _Terms(nn.Module):
@@ -235,7 +201,7 @@ class Loop:
         supervised, tokens = (int(count) for count in self._sum(torch.tensor(counts).sum(0)))
         if not supervised:
             raise BadRecipe(f"step {self.step + 1} has no supervised token; check the data's loss mask")
-        totals = _Totals()
+        totals = Totals()
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
@@ -244,7 +210,7 @@ class Loop:
                     loss, terms = self.model(self.features(batch))
                 self.accelerator.backward(loss)
                 totals.add(terms)
-        report = self._report(totals, supervised)
+        report = totals.report(self.step + 1, supervised, self._sum)
         self._check_number("loss", report.loss)
         report.learning_rate = self.settings.learning_rate * self.schedule(self.step)
         report.gradient_norm = self._update(report.learning_rate, self.accelerator.num_processes / supervised)
@@ -292,19 +258,6 @@ class Loop:
                 f"the {what} of step {self.step + 1} is {value}; nothing was saved after step "
                 f"{self._last_saved()}. Lower the learning rate, or look at the data with `specdec data preview`"
             )
-
-    def _report(self, totals: _Totals, supervised: int) -> StepReport:
-        names, values = totals.flat()
-        summed = self._sum(values).tolist()
-        report = StepReport(self.step + 1, 0.0, supervised)
-        for index, (name, depth) in enumerate(names):
-            total, losses, count, alpha, hits, laws = summed[6 * index : 6 * index + 6]
-            report.loss += total / supervised
-            report.terms[name] = losses / max(count, 1)
-            if depth:
-                report.alpha.append(alpha / max(laws, 1))
-                report.agreement.append(hits / max(laws, 1))
-        return report
 
     def _validate_and_save(self) -> None:
         finished = self.step == self.settings.steps
@@ -404,54 +357,6 @@ class Loop:
 
     def _stop(self) -> None:
         self._heard = True
-
-
-class _Totals:
-    """Sums over micro-batches by term: weighted, losses, positions, alpha, hits, positions with a law."""
-
-    def __init__(self) -> None:
-        self._sums: dict[tuple[str, int], Tensor] = {}
-
-    def add(self, terms: list[Term]) -> None:
-        for term in terms:
-            laws = 0 if term.alpha is None else term.alpha.numel()
-            alpha = 0.0 if term.alpha is None else term.alpha.sum().item()
-            hits = 0.0 if term.hits is None else term.hits.sum().item()
-            losses = term.losses.detach()
-            values = [term.total.item(), losses.sum().item(), losses.numel(), alpha, hits, laws]
-            key = (term.name, term.depth)
-            self._sums[key] = self._sums.get(key, torch.zeros(6, dtype=torch.float64)) + torch.tensor(values).double()
-
-    def flat(self) -> tuple[list[tuple[str, int]], Tensor]:
-        """Names with depth, in order of appearance, and all sums one after the other."""
-        return list(self._sums), torch.cat(list(self._sums.values()))
-
-
-def parameter_groups(
-    module: nn.Module, weight_decay: float, rates: Mapping[str, float] | None = None
-) -> list[dict[str, Any]]:
-    """Matrices decay, vectors (norms, biases) do not; frozen parameters are left out.
-
-    Args:
-        module: what learns.
-        weight_decay: of matrices.
-        rates: multipliers of the learning rate by the first word of a parameter's name; 1 where none is given.
-
-    Raises:
-        BadRecipe: nothing would learn.
-    """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            key = (rates or {}).get(name.partition(".")[0], 1.0), parameter.ndim <= 1
-            groups.setdefault(key, []).append(parameter)
-    if not groups:
-        raise BadRecipe("no parameter of this drafter learns")
-    return [
-        {"params": groups[rate, vector], "weight_decay": 0.0 if vector else weight_decay}
-        | ({} if rate == 1 else {"rate": rate})
-        for rate, vector in sorted(groups)
-    ]
 
 
 def _due(step: int, every: int) -> bool:

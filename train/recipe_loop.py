@@ -10,8 +10,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from specdec.train.checkpoint import write_whole
-from specdec.train.loop import Features, Loop, Score, Source, StepReport
+from specdec.train.loop import Features, Loop, Source
 from specdec.train.recipe import Recipe
+from specdec.train.report import Score, StepReport
 from specdec.train.trainable import Trainable
 
 

@@ -35,12 +35,13 @@ from specdec.train.kinds.head import HeadTraining
 from specdec.train.kinds.kangaroo import KangarooTraining
 from specdec.train.kinds.medusa import MedusaTraining
 from specdec.train.kinds.sequential import CloverTraining, HydraTraining, MLPSpeculatorTraining
-from specdec.train.loop import Loop, Score, StepReport
+from specdec.train.loop import Loop
 from specdec.train.on_policy import Writing
 from specdec.train.order import Piece
 from specdec.train.processes import accelerator_for
 from specdec.train.recipe import Recipe
 from specdec.train.recipe_loop import run_loop
+from specdec.train.report import Score, StepReport
 
 HEADS: dict[str, Callable[..., HeadTraining]] = {
     "medusa": MedusaTraining,

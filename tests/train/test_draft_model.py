@@ -21,11 +21,11 @@ from specdec.train.distill import DEFAULT_RECIPE, DraftSettings, train_draft_mod
 from specdec.train.evaluate import Evaluator
 from specdec.train.features import TargetFeatures
 from specdec.train.kinds.draft_model import DraftModelTraining, kept_weights
-from specdec.train.loop import Score
 from specdec.train.objective import Objective
 from specdec.train.order import Piece
 from specdec.train.prepared import MemoryData
 from specdec.train.recipe import Recipe
+from specdec.train.report import Score
 from tests.tiny import make_target, perturbed, prompt, shared_target
 
 LENGTH, PROMPT, TEXTS = 24, 4, 48

@@ -22,10 +22,10 @@ from specdec.train import feature_cache
 from specdec.train.batch import TrainBatch
 from specdec.train.feature_cache import CachedData, FeaturePlan, plan_features, write_features
 from specdec.train.features import TargetFeatures, check_packing, stored_taps
-from specdec.train.loop import StepReport
 from specdec.train.order import Order, Piece
 from specdec.train.prepared import PreparedData, write_prepared
 from specdec.train.recipe import recipe_for
+from specdec.train.report import StepReport
 from specdec.train.run import make_training, train_head
 from tests.families import FAMILIES, tiny_model
 from tests.tiny import VOCAB, make_target, perturbed, shared_target

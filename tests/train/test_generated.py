@@ -13,9 +13,10 @@ from specdec.probe import target_of
 from specdec.train.batch import PADDING, TrainBatch
 from specdec.train.checkpoint import Checkpoints
 from specdec.train.kinds.head import HeadTraining
-from specdec.train.loop import Loop, StepReport
+from specdec.train.loop import Loop
 from specdec.train.prepared import MemoryData
 from specdec.train.recipe import Recipe, parsed_settings, recipe_for
+from specdec.train.report import StepReport
 from specdec.train.run import make_training, row_source, staged_source, train_head
 from tests.tiny import VOCAB, shared_target
 

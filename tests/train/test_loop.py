@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from specdec.errors import BadCheckpoint, BadRecipe, SpecdecError
 from specdec.train.checkpoint import Checkpoints
-from specdec.train.loop import Loop, Score, StepReport
+from specdec.train.loop import Loop
 from specdec.train.loop_settings import LoopSettings
+from specdec.train.report import Score, StepReport
 from specdec.train.schedule import Schedule
 from tests.train.test_checkpoint import kills
 from tests.train.toy import make_loop

@@ -28,11 +28,12 @@ from specdec.train.evaluate import Evaluator
 from specdec.train.joint import JointSettings, joint_training, train_medusa2
 from specdec.train.kinds.medusa import MedusaTraining
 from specdec.train.kinds.medusa2 import JointWeights, Medusa2Training
-from specdec.train.loop import Loop, Score, StepReport
+from specdec.train.loop import Loop
 from specdec.train.objective import Objective
 from specdec.train.order import Piece
 from specdec.train.prepared import MemoryData
 from specdec.train.recipe import Recipe, recipe_for
+from specdec.train.report import Score, StepReport
 from tests.families import tiny_model
 from tests.tiny import make_target
 

@@ -37,9 +37,9 @@ from specdec.train.kinds.kangaroo import KangarooTraining
 from specdec.train.kinds.medusa import MedusaTraining
 from specdec.train.kinds.sequential import CloverTraining, HydraTraining
 from specdec.train.learner import LearningRate
-from specdec.train.loop import parameter_groups
 from specdec.train.objective import Objective
 from specdec.train.online import LearningDrafter, OnlineSettings
+from specdec.train.parameter_groups import parameter_groups
 from specdec.train.passage import Passage, lay_out
 from tests.tiny import PAD, make_target, perturbed, prompt, shared_target
 

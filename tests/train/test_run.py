@@ -19,11 +19,11 @@ from specdec.errors import BadData, BadRecipe, SpecdecError
 from specdec.probe import target_of
 from specdec.train.checkpoint import Checkpoints, write_whole
 from specdec.train.job import Job, StageReporter, event_of
-from specdec.train.loop import Score, StepReport
 from specdec.train.plan import checkpoint_bytes, plan_run
 from specdec.train.prepared import MemoryData
 from specdec.train.processes import accelerator_for, check_processes, launch
 from specdec.train.recipe import parsed_settings, recipe_for
+from specdec.train.report import Score, StepReport
 from specdec.train.run import check_options, make_training
 from specdec.train.run_log import RunLog, read_log
 from specdec.train.tracking import begin_tracking, end_tracking, flat, track

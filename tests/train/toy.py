@@ -18,10 +18,11 @@ from specdec.drafter import Drafter
 from specdec.probe import target_of
 from specdec.train.batch import Document, TrainBatch
 from specdec.train.features import TargetFeatures
-from specdec.train.loop import Loop, Score, StepReport
+from specdec.train.loop import Loop
 from specdec.train.loop_settings import LoopSettings
 from specdec.train.objective import Objective, Term
 from specdec.train.order import Order, Piece
+from specdec.train.report import Score, StepReport
 from specdec.train.trainable import Trainable
 from tests.tiny import VOCAB, shared_target
 
