@@ -69,6 +69,8 @@ def serving(behaviour: Behaviour) -> Iterator[str]:
             try:
                 time.sleep(behaviour.pause)
                 self._respond(failure, body)
+            except ConnectionError:  # whoever asked was killed
+                self.close_connection = True
             finally:
                 behaviour.leave()
 
