@@ -4,6 +4,7 @@
     python scripts/train_demo_heads.py features                    # what heads read of it, once for all kinds: 4 GB
     python scripts/train_demo_heads.py train medusa hydra eagle eagle3 kangaroo
     python scripts/train_demo_heads.py table --markdown docs/benchmarks/FILE.md
+    python scripts/train_demo_heads.py gains --markdown docs/benchmarks/FILE.md     # after over before, with intervals
     python scripts/train_demo_heads.py export medusa hydra eagle eagle3 kangaroo
 
 Half of the text is the target's own, sampled at temperatures 0, 0.7 and 1 after beginnings from the standard library's
@@ -27,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from rich.console import Console
@@ -38,6 +40,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import specdec
 from specdec import demo, formats
+from specdec.bench.statistics.bootstrap import Floats, estimate
+from specdec.drafter import Drafter
 from specdec.drafters.directory import read_drafter_json, write_drafter_json
 from specdec.drafters.draft_model import DraftModelDrafter
 from specdec.formats.checkpoint import HeadCheckpoint
@@ -61,6 +65,7 @@ from specdec.train.run import make_training, train_head
 TEMPERATURES = (0.0, 0.7, 1.0, 1.0)
 ROWS, NEW_TOKENS, DOCUMENT = 48, 160, 256
 PROMPTS, PROMPT_TOKENS = 16, 48
+GAIN_PROMPTS = 64
 INTERRUPTED = 130
 """Exit status where a signal ended a run."""
 
@@ -180,11 +185,11 @@ def documents_for(training: HeadTraining | DraftModelTraining, work: Path) -> Do
     return CachedData(data, cache, training.target, training.taps, row_length=DOCUMENT)
 
 
-def held_out_prompts(work: Path) -> list[list[int]]:
+def held_out_prompts(work: Path, count: int = PROMPTS, seed: int = 2) -> list[list[int]]:
     """Beginnings from modules that nothing here was trained on."""
     corpus = corpus_ids(work, "held_out")
-    generator = torch.Generator().manual_seed(2)
-    starts = torch.randint(0, len(corpus) - PROMPT_TOKENS, (PROMPTS,), generator=generator).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(corpus) - PROMPT_TOKENS, (count,), generator=generator).tolist()
     return [corpus[start : start + PROMPT_TOKENS].tolist() for start in starts]
 
 
@@ -289,6 +294,42 @@ def table(work: Path, markdown: Path | None, console: Console) -> None:
                           f"{r['after']['tau']:.2f}", _listed(r["after"]["alpha"]),
                           f"{r['after']['expected_speedup']:.2f}",
                           f"{r['after'][KL]:.3f}" if KL in r["after"] else ""])  # fmt: skip
+    _show(header, lines, markdown, console)
+
+
+def gains(work: Path, markdown: Path | None, console: Console) -> None:
+    """tau after training over tau before it, on prompts that no checkpoint was chosen by, paired by prompt."""
+    header = ["kind", "tau before", "tau after", "after / before, 95 %"]
+    lines = []
+    for kind in OPTIONS:
+        out = work / kind.replace("+", "p")
+        if not (out / "result.json").exists():
+            continue
+        adapted = out / "target"
+        model = LlamaForCausalLM.from_pretrained(adapted).float().eval() if adapted.exists() else demo_target()
+        steps = json.loads((out / "result.json").read_text())["steps"]
+        fresh = demo_target()
+        before = _counts(work, untrained(demo_recipe(kind, steps, fresh), fresh).drafter(), fresh)
+        after = _counts(work, specdec.load_drafter(best(out), model), model)
+        gain = estimate(np.hstack([after, before]), _ratio_of_taus, range(GAIN_PROMPTS))
+        taus = [f"{tokens / calls:.2f}" for tokens, calls in (before.sum(0), after.sum(0))]
+        lines.append([kind, *taus, f"{gain.value:.2f} ({gain.low:.2f} to {gain.high:.2f})"])
+    _show(header, lines, markdown, console)
+
+
+def _counts(work: Path, drafter: Drafter | None, model: Any) -> Floats:
+    """Tokens and target calls of each prompt [GAIN_PROMPTS, 2]."""
+    prompts = held_out_prompts(work, GAIN_PROMPTS, seed=3)
+    runs = Evaluator(model, prompts, max_new_tokens=48).decode_all(drafter)
+    return np.array([(sum(step.emitted for step in run.steps), len(run.steps)) for run in runs], dtype=np.float64)
+
+
+def _ratio_of_taus(sums: Floats) -> Floats:
+    return sums[..., 0] / sums[..., 1] / (sums[..., 2] / sums[..., 3])
+
+
+def _show(header: list[str], lines: list[list[str]], markdown: Path | None, console: Console) -> None:
+    """The lines on the terminal and, where a file is named, behind what it holds."""
     shown = Table(*header)
     for cells in lines:
         shown.add_row(*cells)
@@ -334,7 +375,7 @@ def small(checkpoint: HeadCheckpoint) -> HeadCheckpoint:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("texts", "features", "train", "table", "export"))
+    parser.add_argument("command", choices=("texts", "features", "train", "table", "gains", "export"))
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(OPTIONS))
     parser.add_argument("--work", type=Path, default=Path("build/heads"))
     parser.add_argument("--batches", type=int, default=48, help=f"of {ROWS} texts that the target writes")
@@ -360,6 +401,8 @@ def main() -> None:
             train(args.work, kind, args.steps, console)
     elif args.command == "table":
         table(args.work, args.markdown, console)
+    elif args.command == "gains":
+        gains(args.work, args.markdown, console)
     else:
         export(args.work, args.kinds, args.to)
 

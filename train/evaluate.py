@@ -88,8 +88,8 @@ class Evaluator:
     def measure(self, drafter: Drafter | None) -> Measured:
         """Decode every prompt once."""
         if self._plain_step is None and drafter is not None:
-            self._plain_step = self._seconds_per_step(self._decode_all(None))
-        runs = self._decode_all(drafter)
+            self._plain_step = self._seconds_per_step(self.decode_all(None))
+        runs = self.decode_all(drafter)
         records = [step for run in runs for step in run.steps]
         together = DecodeStats(steps=records)
         per_step = self._seconds_per_step(runs)
@@ -99,7 +99,8 @@ class Evaluator:
         speedup = together.tau * plain / per_step if per_step else 0.0
         return Measured(together.tau, together.alpha, speedup, len(records), emitted / seconds if seconds else 0.0)
 
-    def _decode_all(self, drafter: Drafter | None) -> list[DecodeStats]:
+    def decode_all(self, drafter: Drafter | None) -> list[DecodeStats]:
+        """What happened in each prompt's decoding; None decodes plainly."""
         return [self._decode(prompt, drafter, number) for number, prompt in enumerate(self.prompts)]
 
     def _decode(self, prompt: list[int], drafter: Drafter | None, number: int) -> DecodeStats:
