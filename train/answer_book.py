@@ -1,8 +1,10 @@
 """The files of a run that regenerates: finished rows, answers of unfinished exchanges, settings.
 
-OUT.jsonl                  one line for each finished conversation or continuation, appended as they finish
-OUT.jsonl.partial          answers of conversations that are not finished yet
-OUT.jsonl.settings.json    what must not change when a run is gone on with
+    OUT.jsonl                  one line for each finished conversation or continuation, appended as they finish
+    OUT.jsonl.partial          answers of conversations that are not finished yet
+    OUT.jsonl.settings.json    what must not change when a run is gone on with
+
+One process at a time writes them.
 """
 
 from __future__ import annotations
